@@ -1,0 +1,145 @@
+"""One use of the model: claimed once by the inference thread, settled once for its caller."""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable
+from contextvars import Context, ContextVar
+from typing import Any, Protocol
+
+from ._errors import CallCancelled
+
+
+class CallState(enum.Enum):
+    """Where a call is. Every step is taken under the scheduler's lock."""
+
+    QUEUED = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+    """The function has ended, and the outcome is on its way to the caller."""
+    DROPPED = enum.auto()
+    """Taken out of the queue: it never ran and never will."""
+
+
+class Departure(enum.Enum):
+    """Why a caller no longer waits. The values are the counters that the call adds to."""
+
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class Port(Protocol):
+    """The way back to the callers of one event loop (or to those that have none)."""
+
+    def post(self, waiter: Any, /) -> None:
+        """Wake the caller behind ``waiter``. From any thread; never raises, never blocks."""
+
+
+class Call:
+    """A function with its arguments, its caller's context and time limit, and its outcome.
+
+    ``state``, ``departure``, ``value`` and ``error`` are guarded by the scheduler's lock until
+    the waiter is woken; from then on they are the caller's alone. The rest never changes, but
+    for ``func`` and ``args``, which are let go of as soon as the call can no longer run.
+    """
+
+    __slots__ = (
+        "args",
+        "arrived",
+        "context",
+        "deadline",
+        "departure",
+        "ended",
+        "error",
+        "func",
+        "port",
+        "priority",
+        "started",
+        "state",
+        "value",
+        "waiter",
+    )
+
+    def __init__(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        context: Context,
+        deadline: float | None,
+        priority: int,
+        port: Port,
+        waiter: Any,
+    ) -> None:
+        self.func = func
+        self.args = args
+        self.context = context
+        self.deadline = deadline
+        self.priority = priority
+        self.port = port
+        self.waiter = waiter
+        self.state = CallState.QUEUED
+        self.departure: Departure | None = None
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.arrived = self.started = self.ended = 0.0
+
+    def outcome(self) -> Any:
+        """Hand the outcome over, once: return the value or raise the error.
+
+        Both are let go of here. An error that stayed on the call would be a reference cycle
+        through its traceback, and keep the call's arguments alive until the next collection.
+        """
+        value, error = self.value, self.error
+        self.value = self.error = None
+        try:
+            if error is not None:
+                raise error
+            return value
+        finally:
+            del value, error
+
+
+class Caller(Protocol):
+    """Who makes calls on behalf of a client, and wants to know of each: the middleware."""
+
+    deadline: float | None
+
+    def joined(self, call: Call, drop: Callable[[Call], None], /) -> None:
+        """``call`` has been accepted. ``drop(call)`` ends it if the client goes away."""
+
+    def left(self, call: Call, /) -> None:
+        """``call`` is over for this caller."""
+
+
+current_caller: ContextVar[Caller | None] = ContextVar("asgi_infer_caller", default=None)
+
+
+class _Running(threading.local):
+    """What this thread runs at the moment. Thread-local: no guard."""
+
+    call: Call | None = None
+
+
+running = _Running()
+
+
+def check_cancelled() -> None:
+    """Raise if nobody waits any more for the call that this function serves.
+
+    Call it now and then inside a long function, between native calls: after a cancellation, a
+    disconnect or a deadline the function runs on (native code can't be interrupted), and this
+    is how it can end early and free the thread for the next call. Outside a call it does
+    nothing, so the same function works in a script.
+
+    :raises CallCancelled: the caller has gone, or the call's deadline has passed
+    """
+    call = running.call
+    if call is None:
+        return
+    # One attribute, written once under the lock: read without it on purpose, this is a hint.
+    if call.departure is not None:
+        raise CallCancelled(f"nobody waits for this call any more: {call.departure.value}")
+    if call.deadline is not None and time.monotonic() >= call.deadline:
+        raise CallCancelled("nobody waits for this call any more: its deadline has passed")

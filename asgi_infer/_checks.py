@@ -1,0 +1,134 @@
+"""Bad input is refused where it comes in, in words that say what to write instead."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from functools import partial
+from numbers import Real
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+_FACTORIES = (type, FunctionType, MethodType, BuiltinFunctionType, partial)
+
+
+def check_load(load: Any) -> None:
+    """``load`` must make a model, not be one.
+
+    :raises TypeError: it is something else than a class or plain function without arguments
+    """
+    if load is None:
+        return
+    if not isinstance(load, _FACTORIES):
+        kind = type(load).__qualname__
+        raise TypeError(
+            f"load is a {kind}, not a function that makes the model. A model that exists "
+            f"already was made on the wrong thread; pass what makes it: "
+            f"InferenceRunner(lambda: {kind}(...))"
+        )
+    check_plain("load", load)
+    _check_arguments("load", load, ())
+
+
+def check_warmup(warmup: Any, load: Any) -> None:
+    """``warmup`` must be a plain function of the model.
+
+    :raises TypeError: it is not
+    """
+    if warmup is None:
+        return
+    if load is None:
+        raise TypeError("warmup needs a model to warm up: pass load as well")
+    if not callable(warmup):
+        raise TypeError(f"warmup must be a function of the model, not {type(warmup).__qualname__}")
+    check_plain("warmup", warmup)
+    _check_arguments("warmup", warmup, ("model",))
+
+
+def check_func(func: Any) -> None:
+    """What is to run must be callable and plain. Cheap: this is on the path of every call.
+
+    :raises TypeError: it is not
+    """
+    if not callable(func):
+        raise TypeError(
+            f"func must be callable, not {type(func).__qualname__}: pass the function and its "
+            f"arguments, run(predict, x), and not its result, run(predict(x))"
+        )
+    code = getattr(func, "__code__", None)
+    if code is not None and code.co_flags & _LAZY_FLAGS:
+        check_plain("func", func)
+
+
+def check_plain(name: str, func: Callable[..., Any]) -> None:
+    """``func`` must not be async, nor a generator function.
+
+    :raises TypeError: it is
+    """
+    if inspect.iscoroutinefunction(func):
+        kind, instead = "an async function", "It needs no await: it has a thread to itself"
+    elif inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+        kind, instead = "a generator function", "Return a list"
+    else:
+        return
+    raise TypeError(f"{name} must be a plain function, and {func!r} is {kind}. {instead}")
+
+
+def check_seconds(name: str, value: Any) -> float:
+    """A duration: a positive, finite number of seconds.
+
+    :raises ValueError: it is anything else
+    """
+    if isinstance(value, Real) and not isinstance(value, bool):
+        seconds = float(value)
+        if 0 < seconds <= threading.TIMEOUT_MAX:
+            return seconds
+    raise ValueError(
+        f"{name} must be a number of seconds greater than 0 (or None for no limit), not {value!r}"
+    )
+
+
+def check_priority(value: Any) -> int:
+    """A priority: any integer.
+
+    :raises ValueError: it is anything else
+    """
+    if not isinstance(value, int):
+        raise ValueError(f"priority must be an integer (lower runs sooner), not {value!r}")
+    return value
+
+
+def check_max_queue(value: Any) -> int:
+    """A number of calls.
+
+    :raises ValueError: it is no integer, or less than 1
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"max_queue must be an integer of at least 1, not {value!r}")
+    return value
+
+
+def check_name(value: Any) -> str:
+    """A runner's name.
+
+    :raises ValueError: it is no text, or empty
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"name must be a text that is not empty, not {value!r}")
+    return value
+
+
+_LAZY_FLAGS = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+def _check_arguments(name: str, func: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    try:
+        signature = inspect.signature(func)
+    except (TypeError, ValueError):  # written in C, without a signature: it will tell itself
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        wanted = " and ".join(arguments) or "no arguments"
+        raise TypeError(f"{name} must take {wanted}, and {func!r} does not: {error}") from None

@@ -1,0 +1,84 @@
+"""What happens to inference threads when the interpreter ends or the process forks."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from ._thread import InferenceThread
+
+GRACE = 1.0
+"""Seconds that a forgotten runner may hold up the end of the program."""
+
+_live: weakref.WeakSet[InferenceThread] = weakref.WeakSet()  # guarded by the GIL
+_forkable: weakref.WeakSet[Any] = weakref.WeakSet()  # guarded by the GIL
+
+
+def stop_at_exit(thread: InferenceThread) -> None:
+    """Stop ``thread`` when the interpreter ends, if it still runs then.
+
+    The thread is a daemon, since the interpreter would join any other before the hook below
+    could stop it. Daemon threads are killed in mid-flight at the very end, and that can bring
+    native code down: so all are stopped, and given a moment, before.
+    """
+    _hook_exit()
+    _live.add(thread)
+
+
+def watch_main_thread() -> None:
+    """Stop all runners as soon as the main thread has ended.
+
+    For callers that wait in other threads. The interpreter joins those before it gets to its
+    exit hooks, so one that waits for a call that never returns would keep the process alive.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        _start_watcher()
+
+
+def leave_behind_at_fork(runner: Any, reset: Callable[[Any], object]) -> None:
+    """In every child process, call ``reset(runner)``, for as long as ``runner`` lives."""
+    _hook_fork(reset)
+    _forkable.add(runner)
+
+
+@cache
+def _hook_exit() -> None:
+    atexit.register(_stop_all)
+
+
+@cache
+def _hook_fork(reset: Callable[[Any], object]) -> None:
+    if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows, which forks not
+        os.register_at_fork(after_in_child=lambda: _in_child(reset))
+
+
+@cache
+def _start_watcher() -> None:
+    def watch() -> None:
+        threading.main_thread().join()
+        _stop_all()
+
+    threading.Thread(target=watch, name="asgi_infer-exit", daemon=True).start()
+
+
+def _stop_all() -> None:
+    threads = list(_live)
+    for thread in threads:
+        thread.stop_soon()
+    deadline = time.monotonic() + GRACE
+    for thread in threads:
+        if not thread.join(max(0.0, deadline - time.monotonic())):
+            thread.stop_now()
+
+
+def _in_child(reset: Callable[[Any], object]) -> None:
+    _live.clear()
+    _start_watcher.cache_clear()
+    for runner in list(_forkable):
+        reset(runner)

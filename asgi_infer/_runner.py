@@ -1,0 +1,466 @@
+"""The runner: what users hold. One thread owns the model; everybody else awaits it."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Executor, Future, wait
+from contextlib import asynccontextmanager
+from contextvars import copy_context
+from functools import partial, update_wrapper
+from types import TracebackType
+from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, Unpack, cast
+
+from . import _checks, _exit
+from ._call import Call, Caller, Departure, Port, current_caller
+from ._errors import NotReady, QueueFull, ReentrantCall
+from ._future import FUTURE_PORT, CallFuture, cancel_all
+from ._handoff import current_port, wait_for
+from ._model import ModelReference
+from ._scheduler import Scheduler
+from ._statistics import Counters, RunnerStatistics
+from ._thread import InferenceThread
+from .native import NativePolicy, openmp
+from .workers import ThreadWorker
+from .workers._protocol import ModelSpec, Worker
+
+ModelT = TypeVar("ModelT")
+T = TypeVar("T")
+P = ParamSpec("P")
+ArgsT = TypeVarTuple("ArgsT")
+
+STATE_KEY = "asgi_infer"
+"""Where a lifespan's state holds ``{name: runner}``."""
+
+GRACE = 10.0
+"""Seconds that accepted calls get to end in when a runner stops, unless told otherwise."""
+
+
+class InferenceRunner(Executor, Generic[ModelT]):
+    """Runs calls, one at a time, on the one OS thread that owns a native model.
+
+    ::
+
+        runner = InferenceRunner(Digits, warmup=lambda model: model.predict(SAMPLE))
+
+        async with runner:
+            digit = await runner.run(runner.model.predict, image)
+
+    The thread loads the model, warms it up, runs every call and destroys the model: native
+    libraries then have one thread pool and the whole CPU. The runner starts with ``async
+    with``, with the application it is mounted in, or on its first call; it serves any number of
+    asyncio and trio loops, and threads through ``submit``.
+
+    :param load: makes the model: a class or function without arguments, called on the inference
+        thread. Not a model that exists already: that was made on the wrong thread
+    :param warmup: called with the model, on the inference thread, before the first call
+    :param name: names the thread, and the runner among several; the kernel shows 15 bytes of it
+    :param max_queue: how many calls may wait (the running one not counted); more are refused
+    :param timeout: seconds that a call may take, waiting included, where it sets no time itself
+    :param native: what the thread, and the native threads that the model starts, run under
+    :param worker: where the model lives
+    :raises TypeError: ``load`` or ``warmup`` can't be called as said above
+    :raises ValueError: a number makes no sense
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], ModelT] | None = None,
+        *,
+        warmup: Callable[[ModelT], object] | None = None,
+        name: str = "inference",
+        max_queue: int = 128,
+        timeout: float | None = None,
+        native: NativePolicy = NativePolicy(),
+        worker: Worker = ThreadWorker(),
+    ) -> None:
+        _checks.check_load(load)
+        _checks.check_warmup(warmup, load)
+        self._name = _checks.check_name(name)
+        self._max_queue = _checks.check_max_queue(max_queue)
+        self._timeout = None if timeout is None else _checks.check_seconds("timeout", timeout)
+        self._spec = ModelSpec(name=name, load=load, warmup=warmup, native=native)
+        self._worker = worker
+        self._begin()
+        _exit.leave_behind_at_fork(self, InferenceRunner._after_fork)
+
+    def _begin(self) -> None:
+        """The state of a runner that was never used: when it is made, and in a forked child."""
+        self._thread: InferenceThread | None = None  # guarded by _start_lock
+        self._users = 0  # guarded by _start_lock
+        self._start_lock = threading.Lock()
+        self._counters = Counters()  # guarded by _lock
+        # Re-entrant, since a collection may finalize this runner on a thread that holds it.
+        self._lock = threading.RLock()
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    async def run(
+        self,
+        func: Callable[[Unpack[ArgsT]], T],
+        *args: Unpack[ArgsT],
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> T:
+        """Call ``func(*args)`` on the inference thread and return its result.
+
+        ``func`` and each argument may be a reference, ``runner.model`` or anything reached from
+        it. Keyword arguments go through ``functools.partial``. The function runs in a copy of
+        the caller's context. It is to be a plain function: it must not be async.
+
+        :param timeout: seconds for waiting and running together; by default the runner's
+        :param priority: lower runs sooner; first come, first served within one
+        :raises QueueFull: as many calls as ``max_queue`` allows are waiting
+        :raises DeadlineExceeded: the time is up, or the predicted wait is longer than it. If
+            ``started``, the function runs on, and its result is thrown away
+        :raises ClientDisconnected: behind ``InferenceMiddleware``: the client has hung up
+        :raises Draining: the runner is stopping or has stopped
+        :raises NotReady: the model did not load
+        :raises ReentrantCall: from within a call of the same runner
+        :raises CallFailed: ``func`` ended with something that is no ``Exception``
+        :raises Exception: whatever ``func`` raises
+
+        Cancelling it returns at once. A call that waits is taken out of the queue and never
+        runs. One that runs goes on to its end, since native code can't be interrupted, and
+        holds the thread until then; ``check_cancelled()`` inside it raises.
+        """
+        port = current_port()
+        waiter = port.waiter()
+        caller = current_caller.get()
+        if timeout is None and self._timeout is None and caller is None:
+            deadline = None
+        else:
+            deadline = self._deadline(timeout, caller)
+        call, scheduler = self._admit(func, args, port, waiter, deadline, priority)
+        if caller is not None:
+            caller.joined(call, scheduler.disconnect)
+        try:
+            if deadline is None:
+                await waiter
+            elif not await port.wait_until(waiter, deadline):
+                scheduler.expire(call)
+        except BaseException:
+            scheduler.leave(call, Departure.CANCELLED)
+            raise
+        finally:
+            if caller is not None:
+                caller.left(call)
+        return cast(T, call.outcome())
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Call ``fn(*args, **kwargs)`` on the inference thread, from synchronous code.
+
+        What ``concurrent.futures.Executor.submit`` promises, in any thread but the inference
+        thread. Cancelling the future takes a waiting call out of the queue. Its ``result()``
+        waits no longer than the runner's ``timeout``.
+
+        :raises Exception: as ``run``, for all that is known on arrival
+        """
+        future = CallFuture()
+        func = partial(fn, **kwargs) if kwargs else fn
+        caller = current_caller.get()
+        deadline = self._deadline(None, caller)
+        call, scheduler = self._admit(func, args, FUTURE_PORT, future, deadline, 0)
+        _exit.watch_main_thread()
+        if caller is not None:
+            caller.joined(call, scheduler.disconnect)
+            future.add_done_callback(lambda _: caller.left(call))
+        return cast("Future[T]", future)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+    ) -> Iterator[T]:
+        """``Executor.map``: the results in order.
+
+        Where more calls are made than ``max_queue`` allows to wait, this waits for room.
+        """
+        executor = _WithRoom(self, self._max_queue)
+        return executor.map(fn, *iterables, timeout=timeout, chunksize=chunksize)
+
+    def wrap(
+        self, func: Callable[P, T], *, timeout: float | None = None, priority: int = 0
+    ) -> Callable[P, Coroutine[Any, Any, T]]:
+        """An async function that runs ``func`` on the inference thread.
+
+        ::
+
+            predict = runner.wrap(runner.model.predict)
+            digit = await predict(image)
+
+        Works as a decorator as well. Options, errors and cancellation are those of ``run``.
+        """
+        if timeout is not None:
+            _checks.check_seconds("timeout", timeout)
+        _checks.check_func(func)
+
+        async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            bound = partial(func, **kwargs) if kwargs else func
+            return await self.run(bound, *args, timeout=timeout, priority=priority)
+
+        return update_wrapper(call, func)
+
+    @property
+    def model(self) -> ModelT:
+        """A reference to the model, for ``run`` and its kin. To the type checker: the model.
+
+        :raises RuntimeError: the runner was made without ``load``
+        """
+        if self._spec.load is None:
+            raise RuntimeError("this runner has no model: make it with InferenceRunner(load)")
+        return cast(ModelT, ModelReference(self._spec))
+
+    # -- lifecycle -----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The runner's name."""
+        return self._name
+
+    async def start(self, *, timeout: float | None = None) -> None:
+        """Start the thread, and return once the model is loaded and warmed up.
+
+        Does nothing when it has started; starts a stopped runner again. The calling thread's
+        libgomp pool, if it has one, is given back: see ``asgi_infer.native.openmp``.
+
+        :param timeout: seconds that loading may take
+        :raises NotReady: it took longer, or the system has no thread for it
+        :raises Exception: whatever ``load`` or ``warmup`` raises
+
+        Cancelling it leaves the thread loading.
+        """
+        if timeout is not None:
+            _checks.check_seconds("timeout", timeout)
+        thread = self._launch(again=True)
+        try:
+            await wait_for(thread.ready, timeout)
+        except TimeoutError:
+            if thread.ready.done():
+                raise  # load's own
+            thread.stop_now()
+            raise NotReady(f"the model of {self._name!r} did not load in {timeout} s") from None
+
+    async def aclose(self, *, grace: float = GRACE) -> None:
+        """Stop: refuse new calls, let the accepted ones end, destroy the model on its thread.
+
+        Calls that have not ended after ``grace`` seconds get ``Draining``. A function that
+        still runs then runs on, and its thread, which nobody waits for, ends with it. Does
+        nothing when the runner was never started or has stopped.
+
+        Cancelling it ends the grace at once.
+        """
+        thread = self._thread
+        if thread is None:
+            return
+        thread.stop_soon()
+        try:
+            await wait_for(thread.done, max(grace, 0.0))
+        except TimeoutError:
+            pass
+        finally:
+            if not thread.done.done():
+                thread.stop_now()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """``Executor.shutdown``: stop, from synchronous code. Accepted calls still run.
+
+        :param wait: return only when the last call has ended and the model is gone
+        :param cancel_futures: cancel what was submitted and has not started
+        """
+        thread = self._thread
+        if thread is None:
+            return
+        if cancel_futures:
+            cancel_all(thread.scheduler.waiting())
+        thread.stop_soon()
+        if wait:
+            thread.join()
+
+    async def wait_idle(self) -> None:
+        """Return when no call waits or runs. New calls are taken all the while."""
+        thread = self._thread
+        if thread is not None:
+            await wait_for(thread.scheduler.when_idle())
+
+    @asynccontextmanager
+    async def opened(
+        self, *, startup_timeout: float | None = None, grace: float = GRACE
+    ) -> AsyncIterator[Self]:
+        """Keep the runner started: the first user starts it, the last one to leave stops it.
+
+        What ``async with runner`` does, with options.
+
+        :param startup_timeout: as ``timeout`` of ``start``
+        :param grace: as of ``aclose``
+        :raises Exception: as ``start``
+        """
+        with self._start_lock:
+            self._users += 1
+        try:
+            await self.start(timeout=startup_timeout)
+            yield self
+        finally:
+            if self._leave():
+                await self.aclose(grace=grace)
+
+    async def __aenter__(self) -> Self:
+        with self._start_lock:
+            self._users += 1
+        try:
+            await self.start()
+        except BaseException:
+            if self._leave():
+                await self.aclose(grace=0.0)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        if self._leave():
+            await self.aclose()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncIterator[dict[str, Any]]:
+        """For ``FastAPI(lifespan=runner.lifespan)``, Starlette, or an ``APIRouter``.
+
+        The state that it yields is what ``runner_from`` and ``RunnerDep`` look in.
+        """
+        del app  # the protocol's; every application gets the same
+        async with self.opened():
+            # The second key stays when the states of several runners are merged into one.
+            yield {STATE_KEY: {self._name: self}, f"{STATE_KEY}.{self._name}": self}
+
+    def statistics(self) -> RunnerStatistics:
+        """What the runner has done and is doing, read at one instant."""
+        thread = self._thread
+        with self._lock:
+            counters = self._counters
+            return RunnerStatistics(
+                submitted=counters.submitted,
+                completed=counters.completed,
+                failed=counters.failed,
+                cancelled=counters.cancelled,
+                expired=counters.expired,
+                rejected=counters.rejected,
+                queued=0 if thread is None else thread.scheduler.queued,
+                running=counters.running,
+                late=counters.late,
+                service_time=counters.service_time,
+                state="new" if thread is None else thread.state,
+            )
+
+    def __repr__(self) -> str:
+        thread = self._thread
+        return f"<InferenceRunner {self._name!r} {'new' if thread is None else thread.state}>"
+
+    def __del__(self) -> None:
+        thread: InferenceThread | None = getattr(self, "_thread", None)
+        if thread is not None and thread.state in ("loading", "ready"):
+            warnings.warn(f"{self!r} was not stopped", ResourceWarning, stacklevel=2, source=self)
+            thread.stop_soon()
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _admit(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        port: Port,
+        waiter: Any,
+        deadline: float | None,
+        priority: int,
+    ) -> tuple[Call, Scheduler]:
+        _checks.check_func(func)
+        if priority:
+            _checks.check_priority(priority)
+        thread = self._thread or self._launch(again=False)
+        if thread.ident == threading.get_ident():
+            raise ReentrantCall(
+                f"a call on the runner {self._name!r} calls the same runner and would wait for "
+                f"itself: call the function directly instead"
+            )
+        call = Call(func, args, copy_context(), deadline, priority, port, waiter)
+        scheduler = thread.scheduler
+        if port is FUTURE_PORT:
+            waiter.attach(call, scheduler)
+        scheduler.admit(call)
+        return call, scheduler
+
+    def _deadline(self, timeout: float | None, caller: Caller | None) -> float | None:
+        """When the call's time is up: its own or the runner's, and never after the caller's."""
+        seconds = self._timeout
+        if timeout is not None:
+            seconds = _checks.check_seconds("timeout", timeout)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        if caller is None or caller.deadline is None:
+            return deadline
+        return caller.deadline if deadline is None else min(caller.deadline, deadline)
+
+    def _launch(self, *, again: bool) -> InferenceThread:
+        """The thread, started if need be; one that has ended is replaced only with ``again``."""
+        with self._start_lock:
+            previous = self._thread
+            if previous is not None and not (again and previous.over):
+                return previous
+            openmp.release_pools()
+            thread = InferenceThread(
+                spec=self._spec,
+                worker=self._worker,
+                scheduler=Scheduler(
+                    max_queue=self._max_queue, counters=self._counters, lock=self._lock
+                ),
+                previous=previous,
+            )
+            _exit.stop_at_exit(thread)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise NotReady(f"no thread for the runner {self._name!r}: {error}") from error
+            self._thread = thread
+            return thread
+
+    def _leave(self) -> bool:
+        """One user less; return whether that was the last one."""
+        with self._start_lock:
+            self._users -= 1
+            return self._users == 0
+
+    def _after_fork(self) -> None:
+        """In a forked child: the thread is not there, and the model is of no use without it."""
+        thread = self._thread
+        self._begin()
+        if thread is not None:
+            thread.leave_behind()
+
+
+class _WithRoom(Executor):
+    """A runner whose ``submit`` waits while the queue is full, as ``Executor.map`` needs it."""
+
+    def __init__(self, runner: InferenceRunner[Any], room: int) -> None:
+        self._runner = runner
+        self._room = room
+        self._submitted: deque[Future[Any]] = deque()
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        while True:
+            if len(self._submitted) >= self._room:
+                wait([self._submitted.popleft()])
+            try:
+                future = self._runner.submit(fn, *args, **kwargs)
+            except QueueFull:  # of other people's calls
+                if not self._submitted:
+                    raise
+                wait([self._submitted.popleft()])
+            else:
+                self._submitted.append(future)
+                return future

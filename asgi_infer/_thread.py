@@ -1,0 +1,206 @@
+"""The one thread that owns a model, from before it is loaded until after it is gone.
+
+Guarantees
+    * The worker is opened, used and closed on this thread and no other.
+    * Nothing that a call does ends the thread: whatever it raises becomes the call's outcome.
+    * While the thread sleeps it keeps no call, argument or result alive.
+
+Assumptions
+    * ``start`` is called once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextvars
+import ctypes
+import logging
+import threading
+import time
+import traceback
+from typing import Any
+
+from ._call import Call, running
+from ._errors import CallCancelled, CallFailed, Draining, NotReady
+from ._model import name_of
+from ._scheduler import Scheduler, stopped
+from .workers._protocol import ModelSpec, OpenWorker, Worker
+
+logger = logging.getLogger("asgi_infer")
+
+
+class InferenceThread:
+    """One OS thread, one worker, one scheduler: alive from ``start`` until ``done``.
+
+    :param previous: a thread of the same runner that may still be busy; this one waits for its
+        end before it loads, so that there are never two
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        worker: Worker,
+        scheduler: Scheduler,
+        previous: InferenceThread | None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.ready: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.ident: int | None = None  # written by the thread before anything else runs on it
+        self._spec = spec
+        self._worker = worker
+        self._previous = previous
+        self._opened: OpenWorker | None = None  # the thread's own; in a forked child, nobody's
+        self._stopping = False  # only ever set; by whoever stops the thread
+        self._thread = threading.Thread(target=self._main, name=spec.name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. It loads the model and then serves the scheduler's calls.
+
+        :raises RuntimeError: the system, or an interpreter that is ending, starts no threads
+        """
+        self._thread.start()
+
+    @property
+    def state(self) -> str:
+        """``loading``, ``ready``, ``draining``, ``closed`` or ``failed``."""
+        if self.ready.done() and self.ready.exception() is not None:
+            return "failed"
+        if self.done.done():
+            return "closed"
+        if self._stopping:
+            return "draining"
+        return "ready" if self.ready.done() else "loading"
+
+    @property
+    def over(self) -> bool:
+        """Whether it takes no calls any more."""
+        return self._stopping or self.state == "failed"
+
+    def stop_soon(self) -> None:
+        """Refuse new calls; end once the accepted ones are done."""
+        self._stopping = True
+        name = self._spec.name
+        self.scheduler.refuse(
+            lambda: Draining(
+                f"the runner {name!r} has been stopped and takes no calls; start it again with "
+                f"'await runner.start()' or 'async with runner'"
+            )
+        )
+        self.scheduler.stop()
+
+    def stop_now(self) -> None:
+        """Send every caller away. A running call runs on; the thread ends with it."""
+        self.stop_soon()
+        self.scheduler.drop_queued(stopped)
+        name = self.scheduler.abandon_running(stopped)
+        if name is not None:
+            logger.warning("the runner %r stopped while %s was running", self._spec.name, name)
+
+    def leave_behind(self) -> None:
+        """In a forked child, where this thread does not exist: let nobody wait for it."""
+        # Its native threads did not come along: a destructor that joins them would hang.
+        leak(self._opened)
+        for call in self.scheduler.orphans():
+            if isinstance(call.waiter, concurrent.futures.Future):
+                call.error = Draining("this call belongs to the parent process")
+                call.port.post(call.waiter)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread's end; return whether it came."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        self.ident = threading.get_ident()
+        contextvars.Context().run(self._live)  # from 3.14 on a thread may inherit its starter's
+
+    def _live(self) -> None:
+        try:
+            if self._open():
+                self.ready.set_result(None)
+                self._serve()
+        finally:
+            self.done.set_result(None)
+
+    def _open(self) -> bool:
+        if self._previous is not None:
+            self._previous.join()
+            self._previous = None
+        try:
+            self._opened = self._worker.open(self._spec)
+        except BaseException as exception:
+            self._fail(_as_error(exception, self._spec.load))
+        return self._opened is not None
+
+    def _fail(self, error: Exception) -> None:
+        # What the frames hold may be half a model: it must go, here and now.
+        traceback.clear_frames(error.__traceback__)
+        cause = f"{type(error).__name__}: {error}"
+
+        def refusal(call: Call | None = None) -> NotReady:
+            del call
+            return NotReady(f"the model of {self._spec.name!r} did not load: {cause}")
+
+        self.scheduler.refuse(refusal)
+        self.scheduler.drop_queued(refusal)
+        self.ready.set_exception(error)
+
+    def _serve(self) -> None:
+        worker = self._opened
+        assert worker is not None
+        while self._serve_one(worker):
+            pass
+        self._opened = None
+        try:
+            worker.close()
+        except BaseException:
+            logger.exception("closing the model of %r failed", self._spec.name)
+
+    def _serve_one(self, worker: OpenWorker) -> bool:
+        # In a function of its own: its locals, the call among them, die before the next sleep.
+        call = self.scheduler.take()
+        if call is None:
+            return False
+        value: Any = None
+        error: Exception | None = None
+        running.call = call
+        try:
+            value = worker.execute(call.func, call.args, call.context)
+        except BaseException as exception:
+            if isinstance(exception, CallCancelled):
+                self._give_up(call)
+            error = _as_error(exception, call.func)
+        running.call = None
+        self.scheduler.finish(call, value, error)
+        del error  # its traceback refers to this frame
+        return True
+
+    def _give_up(self, call: Call) -> None:
+        # The function stopped for its deadline before anybody else noticed that it had passed.
+        if call.deadline is not None and time.monotonic() >= call.deadline:
+            if self.scheduler.expire(call):
+                call.port.post(call.waiter)
+
+
+def leak(thing: object) -> None:
+    """Never destroy ``thing``."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _as_error(exception: BaseException, func: Any) -> Exception:
+    """The exception in a form that may cross into the caller's task."""
+    name = name_of(func)
+    if isinstance(exception, StopIteration | StopAsyncIteration):
+        # Neither can cross a future or a coroutine: there they mean "returned".
+        error: Exception = RuntimeError(f"{name} raised {type(exception).__name__}")
+    elif isinstance(exception, concurrent.futures.CancelledError) or not isinstance(
+        exception, Exception
+    ):
+        error = CallFailed(f"{name} ended with {type(exception).__name__}, which is no error")
+    else:
+        return exception
+    error.__cause__ = exception
+    error.__traceback__ = exception.__traceback__
+    return error
