@@ -35,6 +35,7 @@ class Port(Protocol):
 
     def post(self, waiter: Any, /) -> None:
         """Wake the caller behind ``waiter``. From any thread; never raises, never blocks."""
+        ...
 
 
 class Call:
@@ -108,9 +109,11 @@ class Caller(Protocol):
 
     def joined(self, call: Call, drop: Callable[[Call], None], /) -> None:
         """``call`` has been accepted. ``drop(call)`` ends it if the client goes away."""
+        ...
 
     def left(self, call: Call, /) -> None:
         """``call`` is over for this caller."""
+        ...
 
 
 current_caller: ContextVar[Caller | None] = ContextVar("asgi_infer_caller", default=None)

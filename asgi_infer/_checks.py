@@ -80,7 +80,7 @@ def check_seconds(name: str, value: Any) -> float:
 
     :raises ValueError: it is anything else
     """
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if isinstance(value, Real):
         seconds = float(value)
         if 0 < seconds <= threading.TIMEOUT_MAX:
             return seconds

@@ -25,9 +25,11 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+
 
 class Waiter(Protocol):
     """Something to wait for, once. Awaiting it returns True when it was posted."""
@@ -40,18 +42,26 @@ class LoopPort(Protocol):
 
     def waiter(self) -> Waiter:
         """A new waiter on the running loop."""
+        ...
 
     async def wait_until(self, waiter: Any, deadline: float, /) -> bool:
         """Wait for ``waiter``: True when it was posted, False if the deadline came first.
 
         :param deadline: on the clock of ``time.monotonic()``
         """
+        ...
 
     def post(self, waiter: Any, /) -> None:
         """Wake whoever waits for ``waiter``. From any thread; never raises, never blocks."""
+        ...
+
+    def call_soon(self, func: Callable[[], object], /) -> None:
+        """Call ``func`` on the loop, at its next turn. From any thread; never raises."""
+        ...
 
     def spawn(self, func: Callable[[], Awaitable[None]], /) -> Callable[[], object]:
         """Run ``func`` beside the current task; return what cancels it."""
+        ...
 
 
 class AsyncioPort:
@@ -80,16 +90,12 @@ class AsyncioPort:
         if self._woken:
             return
         self._woken = True
-        loop = self.loop()
-        try:
-            if loop is not None:
-                loop.call_soon_threadsafe(self._drain)
-                return
-        except RuntimeError:
-            # Closed. Asking first would not do: it may close between the question and the call.
-            pass
-        self._woken = False
-        self._posted.clear()
+        if not self._call_soon(self._drain):
+            self._woken = False
+            self._posted.clear()
+
+    def call_soon(self, func: Callable[[], object], /) -> None:
+        self._call_soon(func)
 
     def spawn(self, func: Callable[[], Awaitable[None]], /) -> Callable[[], object]:
         async def task() -> None:
@@ -97,6 +103,17 @@ class AsyncioPort:
 
         # The returned method keeps the task alive: the loop itself holds tasks weakly.
         return asyncio.get_running_loop().create_task(task()).cancel
+
+    def _call_soon(self, func: Callable[[], object]) -> bool:
+        loop = self.loop()
+        if loop is None:
+            return False
+        try:
+            loop.call_soon_threadsafe(func)
+        except RuntimeError:
+            # Closed. Asking first would not do: it may close between the question and the call.
+            return False
+        return True
 
     def _drain(self) -> None:
         self._woken = False
@@ -146,6 +163,10 @@ class TrioPort:
         except self._trio.RunFinishedError:
             self._posted.clear()
 
+    def call_soon(self, func: Callable[[], object], /) -> None:
+        with suppress(self._trio.RunFinishedError):
+            self.token.run_sync_soon(func)
+
     def spawn(self, func: Callable[[], Awaitable[None]], /) -> Callable[[], object]:
         scope = self._trio.CancelScope()
 
@@ -154,7 +175,7 @@ class TrioPort:
                 await func()
 
         self._trio.lowlevel.spawn_system_task(task)
-        return scope.cancel  # type: ignore[no-any-return]  # trio is optional: Any to the checker
+        return scope.cancel
 
     def _drain(self) -> None:
         while self._posted:

@@ -18,6 +18,8 @@ class ModelReference:
     __slots__ = ("_asgi_infer_owner", "_asgi_infer_path")
 
     # Long names, because every other name is the model's.
+    _asgi_infer_owner: object
+    _asgi_infer_path: tuple[str, ...]
 
     def __init__(self, owner: object, path: tuple[str, ...] = ()) -> None:
         object.__setattr__(self, "_asgi_infer_owner", owner)

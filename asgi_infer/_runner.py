@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from contextvars import copy_context
 from functools import partial, update_wrapper
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, Unpack, cast
+from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast
 
 from . import _checks, _exit
 from ._call import Call, Caller, Departure, Port, current_caller
@@ -100,8 +100,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
 
     async def run(
         self,
-        func: Callable[[Unpack[ArgsT]], T],
-        *args: Unpack[ArgsT],
+        func: Callable[[*ArgsT], T],
+        *args: *ArgsT,
         timeout: float | None = None,
         priority: int = 0,
     ) -> T:
@@ -148,7 +148,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         finally:
             if caller is not None:
                 caller.left(call)
-        return cast(T, call.outcome())
+        return cast("T", call.outcome())
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Call ``fn(*args, **kwargs)`` on the inference thread, from synchronous code.
@@ -201,8 +201,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
         _checks.check_func(func)
 
         async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            bound = partial(func, **kwargs) if kwargs else func
-            return await self.run(bound, *args, timeout=timeout, priority=priority)
+            bound = partial(func, *args, **kwargs)
+            return await self.run(bound, timeout=timeout, priority=priority)
 
         return update_wrapper(call, func)
 
@@ -214,7 +214,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         """
         if self._spec.load is None:
             raise RuntimeError("this runner has no model: make it with InferenceRunner(load)")
-        return cast(ModelT, ModelReference(self._spec))
+        return cast("ModelT", ModelReference(self._spec))
 
     # -- lifecycle -----------------------------------------------------------------------------
 

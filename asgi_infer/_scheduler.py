@@ -243,9 +243,7 @@ class Scheduler:
             wait += max(0.0, service_time - (call.arrived - self._running.started))
         return wait
 
-    def _drop(
-        self, calls: Iterable[Call], departure: Departure, error: ErrorOf | None
-    ) -> None:
+    def _drop(self, calls: Iterable[Call], departure: Departure, error: ErrorOf | None) -> None:
         for call in calls:
             call.error = None if error is None else error(call)
             call.state = CallState.DROPPED
@@ -320,4 +318,4 @@ def _retry_after(wait: float) -> float:
 
     The jitter keeps clients that were refused together from coming back together.
     """
-    return min(60.0, max(1.0, wait * random.uniform(0.8, 1.2)))
+    return min(60.0, max(1.0, wait * random.uniform(0.8, 1.2)))  # noqa: S311  # no secret

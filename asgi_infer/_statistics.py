@@ -30,7 +30,7 @@ class RunnerStatistics:
     running: int
     """Running now: 0 or 1."""
     late: int
-    """Calls whose caller left while they ran. They ran on, and count under cancelled or expired."""
+    """Calls that ran on after their caller had left. They count as cancelled or expired too."""
     service_time: float
     """Seconds a call runs, moving average."""
     state: str

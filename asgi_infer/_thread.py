@@ -118,21 +118,23 @@ class InferenceThread:
 
     def _live(self) -> None:
         try:
-            if self._open():
+            worker = self._open()
+            if worker is not None:
+                self._opened = worker
                 self.ready.set_result(None)
-                self._serve()
+                self._serve(worker)
         finally:
             self.done.set_result(None)
 
-    def _open(self) -> bool:
+    def _open(self) -> OpenWorker | None:
         if self._previous is not None:
             self._previous.join()
             self._previous = None
         try:
-            self._opened = self._worker.open(self._spec)
+            return self._worker.open(self._spec)
         except BaseException as exception:
             self._fail(_as_error(exception, self._spec.load))
-        return self._opened is not None
+            return None
 
     def _fail(self, error: Exception) -> None:
         # What the frames hold may be half a model: it must go, here and now.
@@ -147,9 +149,7 @@ class InferenceThread:
         self.scheduler.drop_queued(refusal)
         self.ready.set_exception(error)
 
-    def _serve(self) -> None:
-        worker = self._opened
-        assert worker is not None
+    def _serve(self, worker: OpenWorker) -> None:
         while self._serve_one(worker):
             pass
         self._opened = None
@@ -179,9 +179,9 @@ class InferenceThread:
 
     def _give_up(self, call: Call) -> None:
         # The function stopped for its deadline before anybody else noticed that it had passed.
-        if call.deadline is not None and time.monotonic() >= call.deadline:
-            if self.scheduler.expire(call):
-                call.port.post(call.waiter)
+        too_late = call.deadline is not None and time.monotonic() >= call.deadline
+        if too_late and self.scheduler.expire(call):
+            call.port.post(call.waiter)
 
 
 def leak(thing: object) -> None:

@@ -29,9 +29,9 @@ def retain_memory() -> bool:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        done = all([mallopt(option, value) == 1 for option, value in _OPTIONS.items()])
+        refused = [option for option, value in _OPTIONS.items() if mallopt(option, value) != 1]
     except (AttributeError, OSError, TypeError):
-        done = False
-    if not done:
+        refused = list(_OPTIONS)
+    if refused:
         logger.warning("retain_memory has no effect here: the allocator is not glibc's malloc")
-    return done
+    return not refused

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def thread_ids() -> set[int]:
 
     :raises OSError: not on Linux
     """
-    return {int(name) for name in os.listdir(_TASKS)}
+    return {int(task.name) for task in _TASKS.iterdir()}
 
 
 def voluntary_switches(native_id: int) -> int:

@@ -25,9 +25,11 @@ class OpenWorker(Protocol):
 
     def execute(self, func: Any, args: tuple[Any, ...], context: Context, /) -> Any:
         """Resolve references in ``func`` and ``args``, call, return the result or raise."""
+        ...
 
     def close(self) -> None:
         """Destroy the model where it lives, and undo what ``open`` did."""
+        ...
 
 
 class Worker(Protocol):
@@ -35,3 +37,4 @@ class Worker(Protocol):
 
     def open(self, spec: ModelSpec, /) -> OpenWorker:
         """Load and warm up the model. Called on the inference thread, before its first call."""
+        ...

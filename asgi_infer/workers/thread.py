@@ -15,7 +15,9 @@ from ._protocol import ModelSpec
 
 _LAZY = {CoroutineType: "coroutine", GeneratorType: "generator", AsyncGeneratorType: "generator"}
 
-_PLAIN = frozenset({type(None), bool, int, float, str, bytes, list, tuple, dict})  # the common ones
+_PLAIN = frozenset(
+    {type(None), bool, int, float, str, bytes, list, tuple, dict}
+)  # the common ones
 
 
 @dataclass(frozen=True)

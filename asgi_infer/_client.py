@@ -1,0 +1,227 @@
+"""One HTTP or WebSocket connection, as the calls made for it see it: here, or gone.
+
+Guarantees
+    * The server's ``receive`` has one reader at a time.
+    * The application gets every message, in order. At most one is read ahead of it, and a
+      disconnect stays: every later ``receive`` returns it again.
+    * Nothing is read ahead unless a call waits or runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from ._call import Call
+from ._errors import ClientDisconnected, InferenceError
+from ._handoff import Waiter, current_port
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_TRY_AGAIN_LATER, _INTERNAL_ERROR = 1013, 1011  # the close codes of WebSockets
+_COMPLETE = frozenset({"http.response.pathsend", "websocket.close"})
+
+
+class Client:
+    """The client end of one connection: a ``Caller`` that drops its calls when it goes away.
+
+    Everything runs on the connection's event loop, but ``joined`` and ``left``, which threads
+    may call.
+
+    :param deadline: when the client's time is up, on the clock of ``time.monotonic()``
+    :param server_timing: add the calls' seconds to the response as ``Server-Timing``
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        deadline: float | None = None,
+        server_timing: bool = True,
+    ) -> None:
+        self.deadline = deadline
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._server_timing = server_timing
+        self._port = current_port()
+        self._thread = threading.get_ident()
+        self._calls: dict[Call, Callable[[Call], None]] = {}  # guarded by the GIL
+        self._timed: list[Call] = []  # guarded by the GIL
+        self._started = False  # a response, or an accepted WebSocket
+        self._denied = False  # an accepted WebSocket that was answered with a response
+        self._finished = False  # nothing that happens to the client matters any more
+        self._gone = False
+        self._ahead: Message | None = None
+        self._failure: Exception | None = None  # what reading ahead raised
+        self._reading = False
+        self._turns: list[Waiter] = []  # those who wait for the reader to be done
+        self._stop_reading: Callable[[], object] | None = None
+
+    # -- for calls -----------------------------------------------------------------------------
+
+    def joined(self, call: Call, drop: Callable[[Call], None], /) -> None:
+        """A call has been accepted for this client."""
+        if self._finished:
+            return
+        self._calls[call] = drop
+        # At the loop's next turn: a call that is over by then needs no watch.
+        self._port.call_soon(self._watch)
+
+    def left(self, call: Call, /) -> None:
+        """A call is over. Those that ran are timed."""
+        self._calls.pop(call, None)
+        if call.ended:
+            self._timed.append(call)
+
+    # -- for the application -------------------------------------------------------------------
+
+    async def receive(self) -> Message:
+        """The application's ``receive``."""
+        while self._reading:
+            turn = self._port.waiter()
+            self._turns.append(turn)
+            await turn
+        if self._failure is not None:
+            raise self._failure
+        message = self._ahead
+        if message is None:
+            message = await self._read()
+        elif not self._gone:
+            self._ahead = None
+        self._watch()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """The application's ``send``."""
+        kind = message["type"]
+        if kind == "http.response.start":
+            self._started = True
+            message = self._with_timing(message)
+        elif kind == "websocket.accept":
+            self._started = True
+        elif self._started and kind.startswith("websocket.http.response"):
+            await self._close_instead(message)
+            return
+        await self._send(message)
+        if kind in _COMPLETE or (kind.endswith("response.body") and not message.get("more_body")):
+            # From here on servers report a disconnect because the response is complete.
+            self.finish()
+
+    async def answer(self, error: InferenceError) -> bool:
+        """Answer with ``error`` if that is still possible; return whether it was.
+
+        For errors that no exception handler of the application has seen.
+        """
+        if isinstance(error, ClientDisconnected):
+            return True  # nobody is there
+        if self._scope["type"] == "websocket":
+            await self._deny(error)
+            return True
+        if self._started:
+            return False
+        await self.send(_response_start("http.response.start", error))
+        await self.send({"type": "http.response.body", "body": error.detail.encode()})
+        return True
+
+    def finish(self) -> None:
+        """Stop watching: the response is complete, or the application has returned."""
+        self._finished = True
+        self._calls.clear()
+        if self._stop_reading is not None:
+            self._stop_reading()
+            self._stop_reading = None
+            self._done_reading()
+
+    # -- the one reader ------------------------------------------------------------------------
+
+    async def _read(self) -> Message:
+        self._reading = True
+        try:
+            message = await self._receive()
+        finally:
+            self._done_reading()
+            self._watch()  # if this was cancelled, calls may still be waiting
+        self._look_at(message)
+        return message
+
+    def _watch(self) -> None:
+        """Read ahead, if a call waits, nobody reads, and nothing has been read ahead."""
+        if self._gone:
+            self._drop_all()
+        elif self._calls and not self._reading and self._ahead is None and not self._failure:
+            self._reading = True
+            self._stop_reading = self._port.spawn(self._read_ahead)
+
+    async def _read_ahead(self) -> None:
+        try:
+            message = await self._receive()
+        except Exception as error:
+            self._failure = error
+        else:
+            self._ahead = message
+            self._look_at(message)
+        finally:
+            self._stop_reading = None
+            self._done_reading()
+
+    def _look_at(self, message: Message) -> None:
+        if message["type"] in ("http.disconnect", "websocket.disconnect"):
+            self._gone = True
+            self._ahead = message
+            self._drop_all()
+
+    def _done_reading(self) -> None:
+        self._reading = False
+        turns, self._turns = self._turns, []
+        for turn in turns:
+            self._port.post(turn)
+
+    def _drop_all(self) -> None:
+        while self._calls:
+            call, drop = self._calls.popitem()
+            drop(call)
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def _with_timing(self, message: Message) -> Message:
+        if not self._timed or not self._server_timing:
+            return message
+        waited = sum(call.started - call.arrived for call in self._timed) * 1000
+        ran = sum(call.ended - call.started for call in self._timed) * 1000
+        value = f"queue;dur={waited:.3f}, infer;dur={ran:.3f}".encode()
+        return {**message, "headers": [*message.get("headers", ()), (b"server-timing", value)]}
+
+    async def _close_instead(self, message: Message) -> None:
+        """Close an accepted WebSocket where an exception handler would send a response to it."""
+        if not self._denied:
+            self._denied = True
+            code = _TRY_AGAIN_LATER if message["status"] in (503, 504) else _INTERNAL_ERROR
+            await self.send({"type": "websocket.close", "code": code})
+
+    async def _deny(self, error: InferenceError) -> None:
+        if not self._started and "websocket.http.response" in self._scope.get("extensions", {}):
+            await self._send(_response_start("websocket.http.response.start", error))
+            body = {"type": "websocket.http.response.body", "body": error.detail.encode()}
+            await self._send(body)
+        else:
+            code = _TRY_AGAIN_LATER if error.status_code in (503, 504) else _INTERNAL_ERROR
+            await self._send({"type": "websocket.close", "code": code, "reason": error.detail})
+        self.finish()
+
+
+def _response_start(kind: str, error: InferenceError) -> Message:
+    headers = {
+        "content-type": "text/plain; charset=utf-8",
+        "content-length": str(len(error.detail.encode())),
+        **(error.headers or {}),
+    }
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    return {"type": kind, "status": error.status_code, "headers": raw}
