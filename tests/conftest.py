@@ -1,0 +1,177 @@
+"""Event loops to test on, gates, and what holds after every test: nothing leaks, books balance."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import numpy as np
+import psutil
+import pytest
+
+from asgi_infer import _runner
+from asgi_infer._statistics import Counters
+from asgi_infer.native import procfs
+
+from .gates import LIMIT, Gate
+
+BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "asyncio": ("asyncio", {"use_uvloop": False}),
+    "asyncio+uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+
+# Threads that stay on purpose: trio's idle workers (they end by themselves after ten seconds),
+# the package's single watcher for the end of the main thread, and pytest-timeout's.
+LASTING_THREADS = ("Trio thread", "asgi_infer-exit", "pytest_timeout")
+
+ON_LINUX = sys.platform == "linux"
+
+
+@pytest.fixture(params=BACKENDS.values(), ids=list(BACKENDS))
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Every loop that the package knows. Use with ``pytest.mark.anyio``."""
+    return request.param
+
+
+# -- gates -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_gate() -> Iterator[Callable[[], Gate]]:
+    """Makes gates, all of which are released when the test ends."""
+    gates: list[Gate] = []
+
+    def make() -> Gate:
+        gates.append(Gate())
+        return gates[-1]
+
+    yield make
+    for gate in gates:
+        gate.release.set()
+
+
+@pytest.fixture
+def gate(make_gate: Callable[[], Gate]) -> Gate:
+    """One gate, released when the test ends."""
+    return make_gate()
+
+
+# -- what holds after every test ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_up() -> None:
+    """Open what libraries open once for a process and never close: libuv's pipe, BLAS's threads.
+
+    Otherwise the first test that needs it would seem to leak it.
+    """
+    for name, options in BACKENDS.values():
+        anyio.run(anyio.sleep, 0, backend=name, backend_options=options)
+    _ = np.ones((8, 8)) @ np.ones((8, 8))
+
+
+@pytest.fixture(autouse=True)
+def balanced_books(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The law of conservation, for every runner that the test made and that has ended.
+
+    The books are recorded, and not the runners: those must be free to die.
+    """
+    books: list[Counters] = []
+
+    def record() -> Counters:
+        books.append(Counters())
+        return books[-1]
+
+    monkeypatch.setattr(_runner, "Counters", record)
+    yield
+    _wait_until(lambda: all(map(_balanced, books)), lambda: f"unbalanced: {books}")
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """A test leaves no thread, native thread of a runner, file descriptor or child behind."""
+    before = _resources()
+    yield
+    _wait_until(lambda: not _resources() - before, lambda: f"left: {_resources() - before}")
+
+
+def _balanced(counters: Counters) -> bool:
+    c = counters
+    ended = c.completed + c.failed + c.cancelled + c.expired + c.rejected
+    return c.running == 0 and c.submitted == ended
+
+
+def _wait_until(condition: Callable[[], bool], complaint: Callable[[], str]) -> None:
+    """Threads that are just ending get a moment."""
+    deadline = time.monotonic() + LIMIT / 2
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(complaint())
+        time.sleep(0.005)
+
+
+def _resources() -> set[str]:
+    return _threads() | _native_threads() | _files() | _children()
+
+
+def _threads() -> set[str]:
+    return {
+        f"thread {thread.name!r} ({thread.native_id})"
+        for thread in threading.enumerate()
+        if not thread.name.startswith(LASTING_THREADS)
+    }
+
+
+def _native_threads() -> set[str]:
+    """Those that carry a runner's name. The process's name is on all that started elsewhere, such
+    as the threads of OpenBLAS, which stay for good."""
+    if not ON_LINUX:
+        return set()
+    named = {native_id: _name_of(native_id) for native_id in procfs.thread_ids()}
+    usual = {"", named[os.getpid()]}
+    return {
+        f"native thread {name!r} ({native_id})"
+        for native_id, name in named.items()
+        if name not in usual and not name.startswith(LASTING_THREADS)
+    }
+
+
+def _name_of(native_id: int) -> str:
+    try:
+        return procfs.thread_name(native_id)
+    except OSError:  # it has ended in between
+        return ""
+
+
+def _files() -> set[str]:
+    if not ON_LINUX:
+        return set()
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            found.add(f"file {link.name}: {link.readlink()}")
+        except OSError:  # the descriptor of this very listing
+            continue
+    return found
+
+
+def _children() -> set[str]:
+    if not _any_children():
+        return set()
+    return {f"child process {child.pid}" for child in psutil.Process().children()}
+
+
+def _any_children() -> bool:
+    # Asking the kernel costs a microsecond, and looking through all processes milliseconds.
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
