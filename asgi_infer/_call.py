@@ -11,6 +11,9 @@ from typing import Any, Protocol
 
 from ._errors import CallCancelled
 
+Work = tuple[Any, tuple[Any, ...]]
+"""A function and its arguments."""
+
 
 class CallState(enum.Enum):
     """Where a call is. Every step is taken under the scheduler's lock."""
@@ -43,38 +46,42 @@ class Call:
 
     ``state``, ``departure``, ``value`` and ``error`` are guarded by the scheduler's lock until
     the waiter is woken; from then on they are the caller's alone. The rest never changes, but
-    for ``func`` and ``args``, which are let go of as soon as the call can no longer run.
+    for ``work``, which is let go of as soon as the call can no longer run.
     """
 
     __slots__ = (
-        "args",
         "arrived",
         "context",
         "deadline",
         "departure",
         "ended",
         "error",
-        "func",
         "port",
         "priority",
         "started",
         "state",
         "value",
         "waiter",
+        "work",
     )
+
+    # Times are on the clock of time.monotonic(). They and the outcome are set when there are any.
+    arrived: float
+    started: float
+    ended: float
+    value: Any
+    error: BaseException | None
 
     def __init__(
         self,
-        func: Any,
-        args: tuple[Any, ...],
+        work: Work | None,
         context: Context,
         deadline: float | None,
         priority: int,
         port: Port,
         waiter: Any,
     ) -> None:
-        self.func = func
-        self.args = args
+        self.work = work
         self.context = context
         self.deadline = deadline
         self.priority = priority
@@ -82,9 +89,6 @@ class Call:
         self.waiter = waiter
         self.state = CallState.QUEUED
         self.departure: Departure | None = None
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.arrived = self.started = self.ended = 0.0
 
     def outcome(self) -> Any:
         """Hand the outcome over, once: return the value or raise the error.
@@ -92,14 +96,15 @@ class Call:
         Both are let go of here. An error that stayed on the call would be a reference cycle
         through its traceback, and keep the call's arguments alive until the next collection.
         """
-        value, error = self.value, self.error
-        self.value = self.error = None
-        try:
-            if error is not None:
-                raise error
+        error = self.error
+        if error is None:
+            value, self.value = self.value, None
             return value
+        self.error = None
+        try:
+            raise error
         finally:
-            del value, error
+            del error
 
 
 class Caller(Protocol):
@@ -119,13 +124,14 @@ class Caller(Protocol):
 current_caller: ContextVar[Caller | None] = ContextVar("asgi_infer_caller", default=None)
 
 
-class _Running(threading.local):
-    """What this thread runs at the moment. Thread-local: no guard."""
+class _Here(threading.local):
+    """Thread-local: no guard."""
 
-    call: Call | None = None
+    current_call: Callable[[], Call | None] | None = None
+    """On an inference thread, what tells the call that it runs."""
 
 
-running = _Running()
+here = _Here()
 
 
 def check_cancelled() -> None:
@@ -138,7 +144,7 @@ def check_cancelled() -> None:
 
     :raises CallCancelled: the caller has gone, or the call's deadline has passed
     """
-    call = running.call
+    call = here.current_call and here.current_call()
     if call is None:
         return
     # One attribute, written once under the lock: read without it on purpose, this is a hint.

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ._call import Call
+from ._call import Call, CallState
 from ._errors import ClientDisconnected, InferenceError
 from ._handoff import Waiter, current_port
 
@@ -78,7 +78,7 @@ class Client:
     def left(self, call: Call, /) -> None:
         """A call is over. Those that ran are timed."""
         self._calls.pop(call, None)
-        if call.ended:
+        if call.state is CallState.FINISHED:
             self._timed.append(call)
 
     # -- for the application -------------------------------------------------------------------

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import Context
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -64,28 +65,98 @@ class LoopPort(Protocol):
         ...
 
 
+class AsyncioWaiter:
+    """What a task awaits. Unlike an ``asyncio.Future`` it resumes the task there and then.
+
+    A future has the loop resume the task at its next turn. For a short call that turn, with its
+    system call and the GIL changing hands, is a fifth of the whole trip. The protocol is the
+    one that tasks keep with anything future-like (``asyncio.isfuture``): they set a callback,
+    which is called in their context, and ask for ``result``.
+    """
+
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_callback",
+        "_cancelled",
+        "_context",
+        "_loop",
+        "_posted",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._asyncio_future_blocking = False
+        self._loop = loop
+        self._posted: bool | None = None
+        self._cancelled = False
+        self._callback: Callable[[AsyncioWaiter], object] | None = None
+        self._context: Context | None = None
+
+    def __await__(self) -> Generator[AsyncioWaiter, None, bool]:
+        if self._posted is None:
+            self._asyncio_future_blocking = True
+            yield self
+        return self.result()
+
+    def wake(self, posted: bool) -> None:
+        """Resume the task, in a callback of its loop; nothing if nobody waits any more."""
+        if self._posted is None and not self._cancelled:
+            self._posted = posted
+            callback, self._callback = self._callback, None
+            if callback is not None and self._context is not None:
+                self._context.run(callback, self)
+
+    # -- for the task --------------------------------------------------------------------------
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that the task runs on."""
+        return self._loop
+
+    def add_done_callback(
+        self, callback: Callable[[AsyncioWaiter], object], *, context: Context
+    ) -> None:
+        """Have ``callback`` called in ``context``. There is one task, so there is one."""
+        self._callback = callback
+        self._context = context
+
+    def cancel(self, msg: object = None) -> bool:
+        """The task is cancelled: resume it, as futures do, at the loop's next turn."""
+        del msg  # the task keeps it
+        callback, self._callback = self._callback, None
+        if callback is None:
+            return False
+        self._cancelled = True
+        self._loop.call_soon(callback, self, context=self._context)
+        return True
+
+    def result(self) -> bool:
+        """Whether it was posted; else the deadline came first."""
+        if self._posted is None:
+            raise asyncio.CancelledError
+        return self._posted
+
+
 class AsyncioPort:
     """The port of an asyncio loop, uvloop's included."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = weakref.ref(loop)
-        self._posted: deque[asyncio.Future[bool]] = deque()  # any thread appends, the loop pops
+        self._posted: deque[AsyncioWaiter] = deque()  # any thread appends, the loop pops
         # Set by whoever posts, cleared by the loop before it drains. Two threads that both find
         # it clear wake the loop twice, which does no harm; nobody can find it set in vain.
         self._woken = False
 
-    def waiter(self) -> asyncio.Future[bool]:
-        return asyncio.get_running_loop().create_future()
+    def waiter(self) -> AsyncioWaiter:
+        return AsyncioWaiter(asyncio.get_running_loop())
 
-    async def wait_until(self, waiter: asyncio.Future[bool], deadline: float, /) -> bool:
+    async def wait_until(self, waiter: AsyncioWaiter, deadline: float, /) -> bool:
         delay = deadline - time.monotonic()
-        timer = waiter.get_loop().call_later(delay, self._wake, waiter, False)
+        timer = waiter.get_loop().call_later(delay, waiter.wake, False)
         try:
             return await waiter
         finally:
             timer.cancel()
 
-    def post(self, waiter: asyncio.Future[bool], /) -> None:
+    def post(self, waiter: AsyncioWaiter, /) -> None:
         self._posted.append(waiter)
         if self._woken:
             return
@@ -117,14 +188,13 @@ class AsyncioPort:
 
     def _drain(self) -> None:
         self._woken = False
-        while self._posted:
-            self._wake(self._posted.popleft(), True)
-
-    @staticmethod
-    def _wake(waiter: asyncio.Future[bool], posted: bool) -> None:
-        # A cancelled task has cancelled its waiter: nobody is there to be woken.
-        if not waiter.done():
-            waiter.set_result(posted)
+        try:
+            while self._posted:
+                self._posted.popleft().wake(True)
+        finally:
+            # A task that exits the program (SystemExit) comes through here; the others stay due.
+            if self._posted:
+                self._call_soon(self._drain)
 
 
 class TrioWaiter:

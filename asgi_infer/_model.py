@@ -57,10 +57,9 @@ def name_of(func: object) -> str:
     return str(getattr(func, "__qualname__", type(func).__qualname__))
 
 
-def resolve_call(
-    func: Any, args: tuple[Any, ...], owner: object, model: Any
-) -> tuple[Any, tuple[Any, ...]]:
-    """``func`` and ``args`` with every reference in them resolved, as by ``resolve``."""
+def resolve_work(work: Any, owner: object, model: Any) -> Any:
+    """A function and its arguments, with every reference in them resolved as by ``resolve``."""
+    func, args = work
     if type(func) in _REFERRING:
         func = resolve(func, owner, model)
     for argument in args:

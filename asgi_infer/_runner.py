@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast
 
 from . import _checks, _exit
-from ._call import Call, Caller, Departure, Port, current_caller
+from ._call import Call, Caller, Departure, Port, Work, current_caller
 from ._errors import NotReady, QueueFull, ReentrantCall
 from ._future import FUTURE_PORT, CallFuture, cancel_all
 from ._handoff import current_port, wait_for
@@ -134,7 +134,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
             deadline = None
         else:
             deadline = self._deadline(timeout, caller)
-        call, scheduler = self._admit(func, args, port, waiter, deadline, priority)
+        call, scheduler = self._admit((func, args), port, waiter, deadline, priority)
         if caller is not None:
             caller.joined(call, scheduler.disconnect)
         try:
@@ -163,7 +163,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         func = partial(fn, **kwargs) if kwargs else fn
         caller = current_caller.get()
         deadline = self._deadline(None, caller)
-        call, scheduler = self._admit(func, args, FUTURE_PORT, future, deadline, 0)
+        call, scheduler = self._admit((func, args), FUTURE_PORT, future, deadline, 0)
         _exit.watch_main_thread()
         if caller is not None:
             caller.joined(call, scheduler.disconnect)
@@ -373,14 +373,14 @@ class InferenceRunner(Executor, Generic[ModelT]):
 
     def _admit(
         self,
-        func: Any,
-        args: tuple[Any, ...],
+        work: Work,
         port: Port,
         waiter: Any,
         deadline: float | None,
         priority: int,
     ) -> tuple[Call, Scheduler]:
-        _checks.check_func(func)
+        if not callable(work[0]):
+            _checks.check_func(work[0])
         if priority:
             _checks.check_priority(priority)
         thread = self._thread or self._launch(again=False)
@@ -389,7 +389,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 f"a call on the runner {self._name!r} calls the same runner and would wait for "
                 f"itself: call the function directly instead"
             )
-        call = Call(func, args, copy_context(), deadline, priority, port, waiter)
+        call = Call(work, copy_context(), deadline, priority, port, waiter)
         scheduler = thread.scheduler
         if port is FUTURE_PORT:
             waiter.attach(call, scheduler)

@@ -140,7 +140,7 @@ class Scheduler:
 
     def finish(self, call: Call, value: object, error: BaseException | None) -> None:
         """The function has ended: close the books on ``call``, and settle it if it is awaited."""
-        call.func, call.args = None, ()  # they may be large
+        call.work = None  # the arguments may be large
         call.ended = ended = time.monotonic()
         departure = None
         with self._lock:
@@ -155,14 +155,19 @@ class Scheduler:
             if call.departure is not None:
                 departure = call.departure
                 self._count(departure)
-            elif error is None:
-                counters.completed += 1
-                call.value = value
             else:
-                counters.failed += 1
+                call.value = value
                 call.error = error
+                if error is None:
+                    counters.completed += 1
+                else:
+                    counters.failed += 1
         if departure is None:
             call.port.post(call.waiter)
+
+    def current(self) -> Call | None:
+        """The call that runs."""
+        return self._running
 
     # -- for the runner ------------------------------------------------------------------------
 
@@ -183,7 +188,7 @@ class Scheduler:
         """Send the caller of the running call away; return the function's name, if one runs."""
         with self._lock:
             call = self._running
-            name = None if call is None else name_of(call.func)
+            name = None if call is None else _name(call)
         if call is not None and self.leave(call, Departure.CANCELLED, error):
             call.port.post(call.waiter)
         return name
@@ -248,7 +253,7 @@ class Scheduler:
             call.error = None if error is None else error(call)
             call.state = CallState.DROPPED
             call.departure = departure
-            call.func, call.args = None, ()  # they may be large
+            call.work = None  # the arguments may be large
             self._count(departure)
 
     def _count(self, departure: Departure | None) -> None:
@@ -268,8 +273,12 @@ def stopped(call: Call) -> Draining:
     """The error for an accepted call that has not ended when the runner stops."""
     if call.state is CallState.QUEUED:
         return Draining("the runner stopped before it could run this call")
-    name = name_of(call.func)
+    name = _name(call)
     return Draining(f"the runner stopped while {name} was still running; its result is lost")
+
+
+def _name(call: Call) -> str:
+    return "the call" if call.work is None else name_of(call.work[0])
 
 
 def _deadline_exceeded(call: Call) -> DeadlineExceeded:

@@ -20,7 +20,7 @@ import time
 import traceback
 from typing import Any
 
-from ._call import Call, running
+from ._call import Call, Work, here
 from ._errors import CallCancelled, CallFailed, Draining, NotReady
 from ._model import name_of
 from ._scheduler import Scheduler, stopped
@@ -133,7 +133,7 @@ class InferenceThread:
         try:
             return self._worker.open(self._spec)
         except BaseException as exception:
-            self._fail(_as_error(exception, self._spec.load))
+            self._fail(_as_error(exception, (self._spec.load, ())))
             return None
 
     def _fail(self, error: Exception) -> None:
@@ -150,6 +150,7 @@ class InferenceThread:
         self.ready.set_exception(error)
 
     def _serve(self, worker: OpenWorker) -> None:
+        here.current_call = self.scheduler.current
         while self._serve_one(worker):
             pass
         self._opened = None
@@ -165,14 +166,12 @@ class InferenceThread:
             return False
         value: Any = None
         error: Exception | None = None
-        running.call = call
         try:
-            value = worker.execute(call.func, call.args, call.context)
+            value = worker.execute(call)
         except BaseException as exception:
             if isinstance(exception, CallCancelled):
                 self._give_up(call)
-            error = _as_error(exception, call.func)
-        running.call = None
+            error = _as_error(exception, call.work)
         self.scheduler.finish(call, value, error)
         del error  # its traceback refers to this frame
         return True
@@ -189,9 +188,9 @@ def leak(thing: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-def _as_error(exception: BaseException, func: Any) -> Exception:
+def _as_error(exception: BaseException, work: Work | None) -> Exception:
     """The exception in a form that may cross into the caller's task."""
-    name = name_of(func)
+    name = "the function" if work is None else name_of(work[0])
     if isinstance(exception, StopIteration | StopAsyncIteration):
         # Neither can cross a future or a coroutine: there they mean "returned".
         error: Exception = RuntimeError(f"{name} raised {type(exception).__name__}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .._call import Call
 from ..native import NativePolicy
 
 
@@ -23,8 +23,8 @@ class ModelSpec:
 class OpenWorker(Protocol):
     """A worker with its model loaded. Used by the inference thread alone."""
 
-    def execute(self, func: Any, args: tuple[Any, ...], context: Context, /) -> Any:
-        """Resolve references in ``func`` and ``args``, call, return the result or raise."""
+    def execute(self, call: Call, /) -> Any:
+        """Resolve the references in the call's work, run it, return the result or raise."""
         ...
 
     def close(self) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 from contextlib import ExitStack
-from contextvars import Context
 from dataclasses import dataclass
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any
 
-from .._model import name_of, resolve_call
+from .._call import Call
+from .._model import name_of, resolve_work
 from ._protocol import ModelSpec
 
 _LAZY = {CoroutineType: "coroutine", GeneratorType: "generator", AsyncGeneratorType: "generator"}
@@ -47,13 +47,13 @@ class OpenThreadWorker:
                 spec.warmup(self._model)
             self._stack = stack.pop_all()
 
-    def execute(self, func: Any, args: tuple[Any, ...], context: Context, /) -> Any:
-        """Call ``func`` in its caller's context.
+    def execute(self, call: Call, /) -> Any:
+        """Call the function in its caller's context.
 
         :raises TypeError: it returned something that has yet to run, elsewhere
         """
-        func, args = resolve_call(func, args, self._spec, self._model)
-        result = context.run(func, *args)
+        func, args = resolve_work(call.work, self._spec, self._model)
+        result = call.context.run(func, *args)
         kind = type(result)
         if kind not in _PLAIN and (kind in _LAZY or hasattr(kind, "__await__")):
             _reject_lazy(result, func)
