@@ -73,7 +73,10 @@ class Client:
             return
         self._calls[call] = drop
         # At the loop's next turn: a call that is over by then needs no watch.
-        self._port.call_soon(self._watch)
+        if threading.get_ident() == self._thread:
+            self._port.call_soon(self._watch)
+        else:
+            self._port.call_soon_threadsafe(self._watch)
 
     def left(self, call: Call, /) -> None:
         """A call is over. Those that ran are timed."""

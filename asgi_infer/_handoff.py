@@ -57,6 +57,10 @@ class LoopPort(Protocol):
         ...
 
     def call_soon(self, func: Callable[[], object], /) -> None:
+        """Call ``func`` at the loop's next turn. On the loop's own thread."""
+        ...
+
+    def call_soon_threadsafe(self, func: Callable[[], object], /) -> None:
         """Call ``func`` on the loop, at its next turn. From any thread; never raises."""
         ...
 
@@ -161,12 +165,15 @@ class AsyncioPort:
         if self._woken:
             return
         self._woken = True
-        if not self._call_soon(self._drain):
+        if not self._post(self._drain):
             self._woken = False
             self._posted.clear()
 
     def call_soon(self, func: Callable[[], object], /) -> None:
-        self._call_soon(func)
+        asyncio.get_running_loop().call_soon(func)
+
+    def call_soon_threadsafe(self, func: Callable[[], object], /) -> None:
+        self._post(func)
 
     def spawn(self, func: Callable[[], Awaitable[None]], /) -> Callable[[], object]:
         async def task() -> None:
@@ -175,7 +182,7 @@ class AsyncioPort:
         # The returned method keeps the task alive: the loop itself holds tasks weakly.
         return asyncio.get_running_loop().create_task(task()).cancel
 
-    def _call_soon(self, func: Callable[[], object]) -> bool:
+    def _post(self, func: Callable[[], object]) -> bool:
         loop = self.loop()
         if loop is None:
             return False
@@ -194,7 +201,7 @@ class AsyncioPort:
         finally:
             # A task that exits the program (SystemExit) comes through here; the others stay due.
             if self._posted:
-                self._call_soon(self._drain)
+                self.call_soon(self._drain)
 
 
 class TrioWaiter:
@@ -234,6 +241,9 @@ class TrioPort:
             self._posted.clear()
 
     def call_soon(self, func: Callable[[], object], /) -> None:
+        self.token.run_sync_soon(func)
+
+    def call_soon_threadsafe(self, func: Callable[[], object], /) -> None:
         with suppress(self._trio.RunFinishedError):
             self.token.run_sync_soon(func)
 

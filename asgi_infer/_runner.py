@@ -300,24 +300,15 @@ class InferenceRunner(Executor, Generic[ModelT]):
         :param grace: as of ``aclose``
         :raises Exception: as ``start``
         """
-        with self._start_lock:
-            self._users += 1
+        await self._enter(startup_timeout)
         try:
-            await self.start(timeout=startup_timeout)
             yield self
         finally:
             if self._leave():
                 await self.aclose(grace=grace)
 
     async def __aenter__(self) -> Self:
-        with self._start_lock:
-            self._users += 1
-        try:
-            await self.start()
-        except BaseException:
-            if self._leave():
-                await self.aclose(grace=0.0)
-            raise
+        await self._enter(None)
         return self
 
     async def __aexit__(
@@ -428,6 +419,17 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 raise NotReady(f"no thread for the runner {self._name!r}: {error}") from error
             self._thread = thread
             return thread
+
+    async def _enter(self, startup_timeout: float | None) -> None:
+        """One user more, who waits for the model; who gets no model is no user."""
+        with self._start_lock:
+            self._users += 1
+        try:
+            await self.start(timeout=startup_timeout)
+        except BaseException:
+            if self._leave():
+                await self.aclose(grace=0.0)
+            raise
 
     def _leave(self) -> bool:
         """One user less; return whether that was the last one."""
