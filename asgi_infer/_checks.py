@@ -80,10 +80,9 @@ def check_seconds(name: str, value: Any) -> float:
 
     :raises ValueError: it is anything else
     """
-    if isinstance(value, Real):
-        seconds = float(value)
-        if 0 < seconds <= threading.TIMEOUT_MAX:
-            return seconds
+    # Compared before it is converted: an integer may be too large for a float.
+    if isinstance(value, Real) and value <= threading.TIMEOUT_MAX and not value <= 0:
+        return float(value)
     raise ValueError(
         f"{name} must be a number of seconds greater than 0 (or None for no limit), not {value!r}"
     )
