@@ -84,6 +84,7 @@ class AsyncioWaiter:
         "_cancelled",
         "_context",
         "_loop",
+        "_message",
         "_posted",
     )
 
@@ -92,6 +93,7 @@ class AsyncioWaiter:
         self._loop = loop
         self._posted: bool | None = None
         self._cancelled = False
+        self._message: object = None
         self._callback: Callable[[AsyncioWaiter], object] | None = None
         self._context: Context | None = None
 
@@ -124,18 +126,19 @@ class AsyncioWaiter:
 
     def cancel(self, msg: object = None) -> bool:
         """The task is cancelled: resume it, as futures do, at the loop's next turn."""
-        del msg  # the task keeps it
         callback, self._callback = self._callback, None
         if callback is None:
             return False
         self._cancelled = True
+        self._message = msg
         self._loop.call_soon(callback, self, context=self._context)
         return True
 
     def result(self) -> bool:
         """Whether it was posted; else the deadline came first."""
         if self._posted is None:
-            raise asyncio.CancelledError
+            # With the message, by which anyio's scopes know a cancellation for their own.
+            raise asyncio.CancelledError(*(() if self._message is None else (self._message,)))
         return self._posted
 
 
