@@ -104,6 +104,14 @@ class ReentrantCall(InferenceError, RuntimeError):
     """A function on the inference thread called its own runner, which would wait for ever."""
 
 
+def describe(error: BaseException) -> str:
+    """The type and the text of ``error``; never fails, as its own ``__str__`` may."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
 class CallCancelled(BaseException):
     """Raised by ``check_cancelled()`` inside a call that nobody waits for any more.
 

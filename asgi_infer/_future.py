@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -9,6 +10,8 @@ from typing import Any
 
 from ._call import Call, CallState
 from ._scheduler import Scheduler
+
+logger = logging.getLogger("asgi_infer")
 
 
 class CallFuture(Future[Any]):
@@ -91,7 +94,10 @@ class FuturePort:
 
     def post(self, waiter: CallFuture, /) -> None:
         """Complete the future, here and now."""
-        waiter.settle()
+        try:
+            waiter.settle()
+        except BaseException:  # a future lets through what its callbacks raise beside Exception
+            logger.exception("a done-callback of a future raised")
 
 
 FUTURE_PORT = FuturePort()

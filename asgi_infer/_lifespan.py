@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from ._client import ASGIApp, Message, Receive, Scope, Send
+from ._errors import describe
 from ._runner import InferenceRunner
 
 logger = logging.getLogger("asgi_infer")
@@ -52,7 +53,7 @@ class Lifespan:
             await self._send(self._last)
 
     async def _fail(self, runner: InferenceRunner[Any], error: Exception) -> None:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = " ".join(describe(error).split())
         message = f"the runner {runner.name!r} did not start: {cause}"
         logger.error("%s", message, exc_info=error)
         await self._send({"type": "lifespan.startup.failed", "message": message})

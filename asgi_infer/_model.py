@@ -54,7 +54,10 @@ def name_of(func: object) -> str:
     if isinstance(func, ModelReference):
         return repr(func)
     # Never repr() of the object itself: that is the user's code, and may be slow or fail.
-    return str(getattr(func, "__qualname__", type(func).__qualname__))
+    try:
+        return str(getattr(func, "__qualname__", type(func).__qualname__))
+    except Exception:  # a __getattr__ that raises something else than AttributeError
+        return type(func).__qualname__
 
 
 def resolve_work(work: Any, owner: object, model: Any) -> Any:

@@ -21,7 +21,7 @@ import traceback
 from typing import Any
 
 from ._call import Call, Work, here
-from ._errors import CallCancelled, CallFailed, Draining, NotReady
+from ._errors import CallCancelled, CallFailed, Draining, NotReady, describe
 from ._model import name_of
 from ._scheduler import Scheduler, stopped
 from .workers._protocol import ModelSpec, OpenWorker, Worker
@@ -139,7 +139,7 @@ class InferenceThread:
     def _fail(self, error: Exception) -> None:
         # What the frames hold may be half a model: it must go, here and now.
         traceback.clear_frames(error.__traceback__)
-        cause = f"{type(error).__name__}: {error}"
+        cause = describe(error)
 
         def refusal(call: Call | None = None) -> NotReady:
             del call
