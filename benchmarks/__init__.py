@@ -1,0 +1,1 @@
+"""The runner side by side with its alternatives: ``python -m benchmarks [NAME...]``."""

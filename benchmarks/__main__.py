@@ -1,0 +1,62 @@
+"""Measure the runner against its alternatives, print tables, keep the figures as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import digits, handoff, million, web
+from ._children import ROOT
+from ._figure import FULL, QUICK, Figure, run
+from ._report import as_json, table
+
+FIGURES = [*handoff.FIGURES, *digits.FIGURES, *web.FIGURES, *million.FIGURES]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def chosen(names: Sequence[str]) -> list[Figure]:
+    """The figures of these names, all without one; ``handoff`` stands for every ``handoff-...``.
+
+    :raises SystemExit: there is none of a name
+    """
+    for name in names:
+        if not any(_matches(figure, name) for figure in FIGURES):
+            known = ", ".join(figure.name for figure in FIGURES)
+            raise SystemExit(f"there is no figure {name!r}: choose from {known}")
+    if not names:
+        return FIGURES
+    return [figure for figure in FIGURES if any(_matches(figure, name) for name in names)]
+
+
+def _matches(figure: Figure, name: str) -> bool:
+    return figure.name == name or figure.name.startswith(f"{name}-")
+
+
+def write(path: Path, values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("figures", nargs="*", metavar="NAME", help="by default all")
+    parser.add_argument("--rounds", type=int, help="for every figure; each has its own default")
+    parser.add_argument("--quick", action="store_true", help="a first look, not to be quoted")
+    parser.add_argument("--json", type=Path, help="write all figures to this file as well")
+    options = parser.parse_args(arguments)
+    scale = QUICK if options.quick else FULL
+    everything = []
+    for figure in chosen(options.figures):
+        result = run(figure, scale, options.rounds)
+        print(f"\n{table(result)}\n", flush=True)
+        everything.append(as_json(result))
+        write(RESULTS / f"{figure.name}.json", everything[-1])
+    if options.json is not None:
+        write(options.json, everything)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Facts about the benchmarks: their arithmetic, their report, and that every arm still runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as program
+from benchmarks import _http
+from benchmarks._children import Child, ChildError, once
+from benchmarks._figure import QUICK, Comparison, Figure, Metric, Result, Round, Scale, Spread, run
+from benchmarks._load import Load, serve
+from benchmarks._procfs import Noise, NoiseMeter, ThreadCounts, thread_counts, total, used_between
+from benchmarks._report import as_json, table
+
+QUIET = Noise(pressure=0.0, others=0.0, stolen=0.0)
+BUSY = Noise(pressure=0.2, others=0.5, stolen=0.0)
+TINY = Scale(seconds=0.05, warmup=0.0, passes=1, calls=64, million=1100, iterations=0)
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read /proc")
+
+
+def figure(*comparisons: Comparison) -> Figure:
+    """Two arms, one metric."""
+    return Figure(
+        name="example",
+        title="two arms",
+        arms=["ours", "theirs"],
+        metrics=[Metric("calls", "calls/s"), Metric("cpu", "CPU %", digits=0)],
+        comparisons=comparisons,
+        measure=lambda scale: {"ours": {"calls": scale.seconds}, "theirs": {"calls": 1.0}},
+    )
+
+
+def result(*comparisons: Comparison, noise: Noise = QUIET) -> Result:
+    """Three rounds. The ratios are 2, 0.5 and 3; that of the medians would be 1.5."""
+    pairs = [(20.0, 10.0), (30.0, 60.0), (60.0, 20.0)]
+    rounds: list[Round] = [
+        {"ours": {"calls": ours, "cpu": 99.6}, "theirs": {"calls": theirs}}
+        for ours, theirs in pairs
+    ]
+    return Result(figure(*comparisons), rounds, [noise] * 3)
+
+
+# -- arithmetic --------------------------------------------------------------------------------
+
+
+def test_a_cell_is_the_median_of_the_rounds_with_their_range() -> None:
+    """Three rounds give their middle value, the smallest and the largest."""
+    assert result().spread("ours", "calls") == Spread(median=30.0, low=20.0, high=60.0)
+
+
+def test_a_metric_that_an_arm_does_not_have_is_none() -> None:
+    """An arm without a metric has an empty cell, not a zero."""
+    assert result().spread("theirs", "cpu") is None
+
+
+def test_ratios_are_taken_within_each_round() -> None:
+    """The ratio is the median of the rounds' ratios, not the ratio of medians."""
+    measured = result().compare(Comparison("calls", "ours", "theirs"))
+    assert measured == Spread(median=2.0, low=0.5, high=3.0)
+
+
+def test_a_comparison_without_another_arm_is_the_metric_itself() -> None:
+    """A bound can be set on a figure as it is."""
+    assert result().compare(Comparison("calls", "ours")).median == 30.0
+
+
+def test_a_ratio_to_nothing_is_infinite() -> None:
+    """An alternative that served no call at all does not stop the report."""
+    measured = {"ours": {"calls": 1.0}, "theirs": {"calls": 0.0}}
+    assert Comparison("calls", "ours", "theirs").value(measured) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("comparison", "value", "reached", "target"),
+    [
+        (Comparison("calls", "ours", at_least=3.0), 3.0, True, ">= 3"),
+        (Comparison("calls", "ours", at_least=3.0), 2.99, False, ">= 3"),
+        (Comparison("calls", "ours", at_most=0.35), 0.35, True, "<= 0.35"),
+        (Comparison("calls", "ours", at_most=0.35), 0.36, False, "<= 0.35"),
+        (Comparison("calls", "ours"), 1.0, None, "-"),
+    ],
+)
+def test_a_bound_is_reached_from_its_own_side(
+    comparison: Comparison, value: float, reached: bool | None, target: str
+) -> None:
+    """Bounds are inclusive; without one there is nothing to reach."""
+    assert comparison.reached(value) is reached
+    assert comparison.target == target
+
+
+@pytest.mark.parametrize(("percent", "value"), [(0, 1), (50, 50), (99, 99), (100, 100)])
+def test_a_percentile_is_one_of_the_values(percent: float, value: int) -> None:
+    """The 99th percentile of 1 to 100 is 99."""
+    assert _http.percentile(range(100, 0, -1), percent) == value
+
+
+def test_run_measures_every_round_at_the_scale_given() -> None:
+    """The rounds asked for are made, each with a reading of the noise."""
+    measured = run(figure(), replace(TINY, seconds=0.5), rounds=2)
+    assert [each["ours"]["calls"] for each in measured.rounds] == [0.5, 0.5]
+    assert len(measured.noise) == 2
+
+
+# -- the report --------------------------------------------------------------------------------
+
+
+def test_the_table_shows_medians_ranges_and_verdicts() -> None:
+    """Every arm has a row, every comparison its target and whether it is reached."""
+    slow = Comparison("calls", "ours", "theirs", at_least=3)
+    fast = Comparison("calls", "ours", at_most=30)
+    lines = [" ".join(line.split()) for line in table(result(slow, fast)).splitlines()]
+    assert "ours 30.0 (20.0-60.0) 100" in lines
+    assert "theirs 20.0 (10.0-60.0) -" in lines
+    assert "calls/s: ours / theirs 2.00 (0.50-3.00) >= 3 NO" in lines
+    assert "calls/s: ours 30.00 (20.00-60.00) <= 30 yes" in lines
+
+
+@pytest.mark.parametrize(("noise", "verdict"), [(QUIET, "quiet"), (BUSY, "BUSY in 3 of them")])
+def test_the_table_says_whether_the_machine_was_busy(noise: Noise, verdict: str) -> None:
+    """A reader sees at once which figures others have spoilt."""
+    assert f"machine {verdict}" in table(result(noise=noise))
+
+
+def test_the_json_holds_every_round() -> None:
+    """The file is enough to compute everything in the table anew."""
+    comparison = Comparison("calls", "ours", "theirs", at_least=3)
+    kept = json.loads(json.dumps(as_json(result(comparison, noise=BUSY))))
+    assert [each["ours"]["calls"] for each in kept["rounds"]] == [20.0, 30.0, 60.0]
+    assert kept["arms"]["ours"]["calls"] == {"median": 30.0, "low": 20.0, "high": 60.0}
+    assert kept["comparisons"][0]["reached"] is False
+    assert kept["machine_busy"] is True
+    assert kept["environment"]["packages"]["asgi-infer"] != "not installed"
+
+
+# -- choosing ----------------------------------------------------------------------------------
+
+
+def test_a_name_picks_a_figure_or_a_family() -> None:
+    """``handoff`` stands for all of its loops; no name stands for everything."""
+    assert [each.name for each in program.chosen(["nice"])] == ["nice"]
+    assert len(program.chosen(["handoff"])) == 3
+    assert program.chosen([]) == program.FIGURES
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    """A typing error costs no benchmark."""
+    with pytest.raises(SystemExit, match=r"no figure 'hand'.*digits"):
+        program.chosen(["million", "hand"])
+
+
+def test_the_program_prints_a_table_and_writes_both_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each figure gets a file, and ``--json`` gets them all."""
+    monkeypatch.setattr(program, "FIGURES", [figure()])
+    monkeypatch.setattr(program, "RESULTS", tmp_path)
+    program.main(["example", "--quick", "--rounds", "1", "--json", str(tmp_path / "all.json")])
+    assert f"ours    {QUICK.seconds}" in capsys.readouterr().out
+    own = json.loads((tmp_path / "example.json").read_text())
+    assert [own] == json.loads((tmp_path / "all.json").read_text())
+
+
+# -- the client --------------------------------------------------------------------------------
+
+
+def test_a_response_is_whole_once_its_body_is() -> None:
+    """A response may come in pieces of any size."""
+    response = b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\nhello, world"
+    assert [end for end in range(len(response) + 1) if _http.is_whole(response[:end])] == [
+        len(response)
+    ]
+
+
+def test_a_response_that_is_no_success_ends_the_measurement() -> None:
+    """A server that refuses calls is not a fast one."""
+    with pytest.raises(ConnectionError, match="503"):
+        _http.is_whole(b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n")
+
+
+# -- the system --------------------------------------------------------------------------------
+
+
+def test_what_threads_used_is_the_difference_of_two_readings() -> None:
+    """A thread that came in between counts from zero; one that has gone counts for nothing."""
+    before = {1: ThreadCounts(10, 1.0), 2: ThreadCounts(5, 0.5)}
+    used = used_between(before, {1: ThreadCounts(15, 3.0), 3: ThreadCounts(7, 0.25)})
+    assert used == {1: ThreadCounts(5, 2.0), 3: ThreadCounts(7, 0.25)}
+    assert total(used) == ThreadCounts(12, 2.25)
+
+
+@on_linux
+def test_a_child_is_told_asked_and_counted() -> None:
+    """The counts of a process come by thread; what it computed does not count as others' noise."""
+    meter = NoiseMeter()
+    with Child("_script", "--seconds", "0.2") as child:
+        assert child.ask() == {"event": "ready"}
+        before = thread_counts(child.pid)
+        child.tell()
+        assert child.ask()["calls"] > 0
+        used = used_between(before, thread_counts(child.pid))
+        assert used[child.pid].cpu > 0
+    assert meter.read().others < 100
+
+
+def test_a_child_that_ends_early_is_an_error() -> None:
+    """The parent does not wait for an answer that will never come."""
+    with pytest.raises(ChildError, match=r"exit status 2 of .*_http"):
+        once("_http", "--no-such-option")
+
+
+# -- every arm ---------------------------------------------------------------------------------
+
+
+@on_linux
+def test_every_arm_of_every_figure_yields_finite_figures() -> None:
+    """Each runs once, in its own processes, and fills every column that it is to fill."""
+    with ThreadPoolExecutor(3) as executor:
+        rounds = executor.map(lambda each: each.measure(TINY), program.FIGURES)
+        for each, measured in zip(program.FIGURES, rounds, strict=True):
+            assert list(measured) == list(each.arms)
+            for arm, sample in measured.items():
+                assert all(map(math.isfinite, sample.values())), (each.name, arm)
+            for metric in each.metrics:
+                assert any(metric.key in sample for sample in measured.values()), metric
+            for comparison in each.comparisons:
+                assert comparison.value(measured) >= 0, (each.name, comparison)
+
+
+@on_linux
+def test_the_digits_are_classified_behind_the_runner() -> None:
+    """The real model, trained small, is loaded by the server and answers the load client."""
+    scale = replace(TINY, iterations=2, seconds=0.2, warmup=0.1)
+    sample = serve(Load(connections=2, digits=True), scale, "runner")
+    assert sample["calls"] > 0
+    assert 0 < sample["health_p99"] < math.inf
