@@ -88,6 +88,22 @@ def check_seconds(name: str, value: Any) -> float:
     )
 
 
+def check_grace(value: Any) -> float:
+    """How long to wait at the end: any number of seconds, 0 and less for not at all.
+
+    :raises ValueError: it is no number
+    """
+    if isinstance(value, Real):
+        seconds: Any = value  # Real has no type for the operators below
+        if seconds >= threading.TIMEOUT_MAX:
+            return threading.TIMEOUT_MAX
+        if seconds > 0:
+            return float(seconds)
+        if seconds <= 0:  # which NaN isn't either
+            return 0.0
+    raise ValueError(f"grace must be a number of seconds, not {value!r}")
+
+
 def check_priority(value: Any) -> int:
     """A priority: any integer.
 

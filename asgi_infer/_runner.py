@@ -20,7 +20,7 @@ from ._errors import NotReady, QueueFull, ReentrantCall
 from ._future import FUTURE_PORT, CallFuture, cancel_all
 from ._handoff import current_port, wait_for
 from ._model import ModelReference
-from ._scheduler import Scheduler
+from ._scheduler import Scheduler, retry_after
 from ._statistics import Counters, RunnerStatistics
 from ._thread import InferenceThread
 from .native import NativePolicy, openmp
@@ -253,14 +253,17 @@ class InferenceRunner(Executor, Generic[ModelT]):
         still runs then runs on, and its thread, which nobody waits for, ends with it. Does
         nothing when the runner was never started or has stopped.
 
+        :raises ValueError: ``grace`` is no number; nothing has been stopped
+
         Cancelling it ends the grace at once.
         """
+        seconds = _checks.check_grace(grace)
         thread = self._thread
         if thread is None:
             return
         thread.stop_soon()
         try:
-            await wait_for(thread.done, max(grace, 0.0))
+            await wait_for(thread.done, seconds)
         except TimeoutError:
             pass
         finally:
@@ -285,8 +288,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
     async def wait_idle(self) -> None:
         """Return when no call waits or runs. New calls are taken all the while."""
         thread = self._thread
-        if thread is not None:
-            await wait_for(thread.scheduler.when_idle())
+        for scheduler in [] if thread is None else thread.schedulers:
+            await wait_for(scheduler.when_idle())
 
     @asynccontextmanager
     async def opened(
@@ -334,6 +337,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
     def statistics(self) -> RunnerStatistics:
         """What the runner has done and is doing, read at one instant."""
         thread = self._thread
+        schedulers = [] if thread is None else thread.schedulers
         with self._lock:
             counters = self._counters
             return RunnerStatistics(
@@ -343,7 +347,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 cancelled=counters.cancelled,
                 expired=counters.expired,
                 rejected=counters.rejected,
-                queued=0 if thread is None else thread.scheduler.queued,
+                queued=sum(scheduler.queued for scheduler in schedulers),
                 running=counters.running,
                 late=counters.late,
                 service_time=counters.service_time,
@@ -372,7 +376,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
     ) -> tuple[Call, Scheduler]:
         if not callable(work[0]):
             _checks.check_func(work[0])
-        if priority:
+        if priority != 0:
             _checks.check_priority(priority)
         thread = self._thread or self._launch(again=False)
         if thread.ident == threading.get_ident():
@@ -416,7 +420,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
             try:
                 thread.start()
             except RuntimeError as error:
-                raise NotReady(f"no thread for the runner {self._name!r}: {error}") from error
+                message = f"no thread for the runner {self._name!r}: {error}"
+                raise NotReady(message, retry_after=retry_after(0.0)) from error
             self._thread = thread
             return thread
 

@@ -26,6 +26,9 @@ from ._statistics import Counters
 ErrorOf = Callable[[Call], InferenceError]
 """Makes the error for one call. Runs under the lock, so it must not run foreign code."""
 
+Refusal = Callable[[float], InferenceError]
+"""Makes the error for a call that is not let in, from the seconds until it may be repeated."""
+
 
 class Scheduler:
     """The queue in front of one inference thread, from its start to its end.
@@ -39,7 +42,7 @@ class Scheduler:
         self._counters = counters  # guarded by _lock
         self._queue = CallQueue(max_queue)  # guarded by _lock
         self._running: Call | None = None  # guarded by _lock
-        self._refusal: Callable[[], InferenceError] | None = None  # guarded by _lock
+        self._refusal: Refusal | None = None  # guarded by _lock
         self._stopped = False  # guarded by _lock
         self._idle = False  # guarded by _lock: the thread sleeps, or is about to
         self._idle_waiters: list[Future[None]] = []  # guarded by _lock
@@ -171,7 +174,7 @@ class Scheduler:
 
     # -- for the runner ------------------------------------------------------------------------
 
-    def refuse(self, refusal: Callable[[], InferenceError]) -> None:
+    def refuse(self, refusal: Refusal) -> None:
         """From now on every new call gets the error that ``refusal`` makes."""
         with self._lock:
             self._refusal = refusal
@@ -229,7 +232,7 @@ class Scheduler:
     def _examine(self, call: Call) -> tuple[list[Call], InferenceError | None]:
         """What must go to make room for ``call``, and the reason to refuse it, if there is one."""
         if self._refusal is not None:
-            return [], self._refusal()
+            return [], self._refusal(retry_after(self._predicted_wait(call)))
         expired: list[Call] = []
         if self._queue.full:
             expired = self._queue.remove_expired(call.arrived)
@@ -272,9 +275,10 @@ class Scheduler:
 def stopped(call: Call) -> Draining:
     """The error for an accepted call that has not ended when the runner stops."""
     if call.state is CallState.QUEUED:
-        return Draining("the runner stopped before it could run this call")
-    name = _name(call)
-    return Draining(f"the runner stopped while {name} was still running; its result is lost")
+        message = "the runner stopped before it could run this call"
+    else:
+        message = f"the runner stopped while {_name(call)} was still running; its result is lost"
+    return Draining(message, retry_after=retry_after(0.0))
 
 
 def _name(call: Call) -> str:
@@ -287,6 +291,7 @@ def _deadline_exceeded(call: Call) -> DeadlineExceeded:
         return DeadlineExceeded(
             f"the call's time was up after {now - call.arrived:.3g} s of waiting; it never ran",
             started=False,
+            retry_after=retry_after(now - call.arrived),
         )
     return DeadlineExceeded(
         f"the call's time was up after {now - call.started:.3g} s of running; it runs on, and "
@@ -299,7 +304,7 @@ def _queue_full(queued: int, wait: float) -> QueueFull:
     return QueueFull(
         f"{queued} calls are waiting, as many as max_queue allows; repeat the call later, or "
         f"raise max_queue if clients can wait that long",
-        retry_after=_retry_after(wait),
+        retry_after=retry_after(wait),
     )
 
 
@@ -307,7 +312,7 @@ def _too_little_time(left: float, wait: float) -> DeadlineExceeded:
     return DeadlineExceeded(
         f"the call has {left:.3g} s and would wait about {wait:.3g} s; it was not queued",
         started=False,
-        retry_after=_retry_after(wait),
+        retry_after=retry_after(wait),
     )
 
 
@@ -322,7 +327,7 @@ def _post(calls: Iterable[Call]) -> None:
         call.port.post(call.waiter)
 
 
-def _retry_after(wait: float) -> float:
+def retry_after(wait: float) -> float:
     """Seconds for ``Retry-After``: the predicted wait, within 1 and 60, give or take a fifth.
 
     The jitter keeps clients that were refused together from coming back together.

@@ -23,7 +23,7 @@ from typing import Any
 from ._call import Call, Work, here
 from ._errors import CallCancelled, CallFailed, Draining, NotReady, describe
 from ._model import name_of
-from ._scheduler import Scheduler, stopped
+from ._scheduler import Scheduler, retry_after, stopped
 from .workers._protocol import ModelSpec, OpenWorker, Worker
 
 logger = logging.getLogger("asgi_infer")
@@ -74,6 +74,12 @@ class InferenceThread:
         return "ready" if self.ready.done() else "loading"
 
     @property
+    def schedulers(self) -> list[Scheduler]:
+        """Its scheduler, and before it those of earlier threads that have not ended yet."""
+        previous = self._previous
+        return [self.scheduler] if previous is None else [*previous.schedulers, self.scheduler]
+
+    @property
     def over(self) -> bool:
         """Whether it takes no calls any more."""
         return self._stopping or self.state == "failed"
@@ -83,9 +89,10 @@ class InferenceThread:
         self._stopping = True
         name = self._spec.name
         self.scheduler.refuse(
-            lambda: Draining(
+            lambda again: Draining(
                 f"the runner {name!r} has been stopped and takes no calls; start it again with "
-                f"'await runner.start()' or 'async with runner'"
+                f"'await runner.start()' or 'async with runner'",
+                retry_after=again,
             )
         )
         self.scheduler.stop()
@@ -139,14 +146,9 @@ class InferenceThread:
     def _fail(self, error: Exception) -> None:
         # What the frames hold may be half a model: it must go, here and now.
         traceback.clear_frames(error.__traceback__)
-        cause = describe(error)
-
-        def refusal(call: Call | None = None) -> NotReady:
-            del call
-            return NotReady(f"the model of {self._spec.name!r} did not load: {cause}")
-
-        self.scheduler.refuse(refusal)
-        self.scheduler.drop_queued(refusal)
+        message = f"the model of {self._spec.name!r} did not load: {describe(error)}"
+        self.scheduler.refuse(lambda again: NotReady(message, retry_after=again))
+        self.scheduler.drop_queued(lambda _: NotReady(message, retry_after=retry_after(0.0)))
         self.ready.set_exception(error)
 
     def _serve(self, worker: OpenWorker) -> None:
