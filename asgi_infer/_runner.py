@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast
 
 from . import _checks, _exit
-from ._call import Call, Caller, Departure, Port, Work, current_caller
+from ._call import Call, Caller, Departure, Port, Work, current_caller, here
 from ._errors import NotReady, QueueFull, ReentrantCall
 from ._future import FUTURE_PORT, CallFuture, cancel_all
 from ._handoff import current_port, wait_for
@@ -379,7 +379,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         if priority != 0:
             _checks.check_priority(priority)
         thread = self._thread or self._launch(again=False)
-        if thread.ident == threading.get_ident():
+        if here.current_call is not None and here.current_call == thread.scheduler.current:
             raise ReentrantCall(
                 f"a call on the runner {self._name!r} calls the same runner and would wait for "
                 f"itself: call the function directly instead"

@@ -282,7 +282,8 @@ def stopped(call: Call) -> Draining:
 
 
 def _name(call: Call) -> str:
-    return "the call" if call.work is None else name_of(call.work[0])
+    work = call.work  # read once: the thread lets go of it without the lock
+    return "the call" if work is None else name_of(work[0])
 
 
 def _deadline_exceeded(call: Call) -> DeadlineExceeded:

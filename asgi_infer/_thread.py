@@ -47,7 +47,6 @@ class InferenceThread:
         self.scheduler = scheduler
         self.ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self.ident: int | None = None  # written by the thread before anything else runs on it
         self._spec = spec
         self._worker = worker
         self._previous = previous
@@ -120,7 +119,7 @@ class InferenceThread:
         return not self._thread.is_alive()
 
     def _main(self) -> None:
-        self.ident = threading.get_ident()
+        here.current_call = self.scheduler.current
         contextvars.Context().run(self._live)  # from 3.14 on a thread may inherit its starter's
 
     def _live(self) -> None:
@@ -152,9 +151,11 @@ class InferenceThread:
         self.ready.set_exception(error)
 
     def _serve(self, worker: OpenWorker) -> None:
-        here.current_call = self.scheduler.current
-        while self._serve_one(worker):
-            pass
+        try:
+            while self._serve_one(worker):
+                pass
+        finally:
+            self.stop_now()  # no news, unless this very loop failed: nobody may wait for ever
         self._opened = None
         try:
             worker.close()

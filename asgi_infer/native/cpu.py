@@ -30,10 +30,12 @@ def cgroup_quota(root: Path = Path("/")) -> float | None:
     :param root: where ``proc`` and ``sys`` are found
     """
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        # A group's name need not be text.
+        text = (root / "proc/self/cgroup").read_text(errors="surrogateescape")
     except OSError:
         return None
-    quotas = [quota for line in lines for quota in _quotas(root / "sys/fs/cgroup", line)]
+    mount = root / "sys/fs/cgroup"
+    quotas = [quota for line in text.splitlines() for quota in _quotas(mount, line)]
     return min(quotas, default=None)
 
 
@@ -71,6 +73,6 @@ def _quota(directory: Path) -> float | None:
             quota = (directory / "cpu.cfs_quota_us").read_text()
             period = (directory / "cpu.cfs_period_us").read_text()
         cpus = int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):  # "max" is no number either
+    except (OSError, ValueError, ArithmeticError):  # "max" is no number either
         return None
     return cpus if cpus > 0 else None

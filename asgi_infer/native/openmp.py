@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 _RUNTIME = re.compile(r"/(libgomp|libomp|libiomp5)[^/]*\.so[^/]*$")
@@ -57,16 +58,21 @@ def loaded_runtimes(maps: Path = Path("/proc/self/maps")) -> list[OpenMPRuntime]
     Python threads do it at once.
     """
     try:
-        lines = maps.read_text().splitlines()
+        text = maps.read_text(errors="surrogateescape")  # a file's name need not be text
     except OSError:
         return []
     found: dict[str, str] = {}
-    for line in lines:
+    for line in text.splitlines():
         match = _RUNTIME.search(line)
         if match:
-            path = line[line.index("/") :]
+            # The loader knows a file that was deleted or replaced since by its name of then.
+            path = line[line.index("/") :].removesuffix(" (deleted)")
             found[path] = match.group(1)
-    return [OpenMPRuntime(path, family) for path, family in found.items()]
+    runtimes = []
+    for path, family in found.items():
+        with suppress(OSError):  # it has been unloaded in between
+            runtimes.append(OpenMPRuntime(path, family))
+    return runtimes
 
 
 def limit_threads(count: int) -> None:

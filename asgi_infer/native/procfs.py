@@ -13,7 +13,9 @@ def set_thread_name(name: str) -> None:
 
     :raises OSError: not on Linux
     """
-    (_TASKS / str(threading.get_native_id()) / "comm").write_bytes(name.encode()[:15])
+    # 15 bytes and no half character at their end.
+    short = name.encode(errors="replace")[:15].decode(errors="ignore")
+    (_TASKS / str(threading.get_native_id()) / "comm").write_bytes(short.encode())
 
 
 def thread_name(native_id: int) -> str:
@@ -21,7 +23,7 @@ def thread_name(native_id: int) -> str:
 
     :raises OSError: there is no such thread, or this is not Linux
     """
-    return (_TASKS / str(native_id) / "comm").read_text().rstrip("\n")
+    return (_TASKS / str(native_id) / "comm").read_text(errors="replace").rstrip("\n")
 
 
 def thread_ids() -> set[int]:
