@@ -198,12 +198,16 @@ class AsyncioPort:
 
     def _drain(self) -> None:
         self._woken = False
+        # Those that are posted by now. Whoever posts later has found _woken clear and wakes the
+        # loop again: tasks that call anew as soon as they are resumed can't keep it from the rest.
+        due = len(self._posted)
         try:
-            while self._posted:
+            while due:
+                due -= 1
                 self._posted.popleft().wake(True)
         finally:
             # A task that exits the program (SystemExit) comes through here; the others stay due.
-            if self._posted:
+            if due:
                 self.call_soon(self._drain)
 
 
