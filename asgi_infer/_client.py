@@ -72,6 +72,10 @@ class Client:
         if self._finished:
             return
         self._calls[call] = drop
+        # Now, since a result wakes its caller before it is known here that the call is over. A
+        # response that has begun can carry no timing, and a WebSocket may live for days.
+        if self._server_timing and not self._started:
+            self._timed.append(call)
         # At the loop's next turn: a call that is over by then needs no watch.
         if threading.get_ident() == self._thread:
             self._port.call_soon(self._watch)
@@ -79,10 +83,8 @@ class Client:
             self._port.call_soon_threadsafe(self._watch)
 
     def left(self, call: Call, /) -> None:
-        """A call is over. Those that ran are timed."""
+        """A call is over."""
         self._calls.pop(call, None)
-        if call.state is CallState.FINISHED:
-            self._timed.append(call)
 
     # -- for the application -------------------------------------------------------------------
 
@@ -137,7 +139,9 @@ class Client:
     def finish(self) -> None:
         """Stop watching: the response is complete, or the application has returned."""
         self._finished = True
+        self.deadline = None  # what the application still does, it does not for the client
         self._calls.clear()
+        self._timed.clear()  # calls know their client, through their context
         if self._stop_reading is not None:
             self._stop_reading()
             self._stop_reading = None
@@ -188,23 +192,26 @@ class Client:
             self._port.post(turn)
 
     def _drop_all(self) -> None:
-        while self._calls:
-            call, drop = self._calls.popitem()
-            drop(call)
+        # Copied, and each looked for again, since calls leave from other threads as well.
+        for call, drop in list(self._calls.items()):
+            if self._calls.pop(call, None) is not None:
+                drop(call)
 
     # -- messages ------------------------------------------------------------------------------
 
     def _with_timing(self, message: Message) -> Message:
-        if not self._timed or not self._server_timing:
+        ran_to_end = [call for call in self._timed if call.state is CallState.FINISHED]
+        calls = [call for call in ran_to_end if call.departure is None]
+        if not calls:
             return message
-        waited = sum(call.started - call.arrived for call in self._timed) * 1000
-        ran = sum(call.ended - call.started for call in self._timed) * 1000
+        waited = sum(call.started - call.arrived for call in calls) * 1000
+        ran = sum(call.ended - call.started for call in calls) * 1000
         value = f"queue;dur={waited:.3f}, infer;dur={ran:.3f}".encode()
         return {**message, "headers": [*message.get("headers", ()), (b"server-timing", value)]}
 
     async def _close_instead(self, message: Message) -> None:
         """Close an accepted WebSocket where an exception handler would send a response to it."""
-        if not self._denied:
+        if not self._denied and not self._gone:
             self._denied = True
             code = _TRY_AGAIN_LATER if message["status"] in (503, 504) else _INTERNAL_ERROR
             await self.send({"type": "websocket.close", "code": code})
