@@ -16,7 +16,7 @@ STEP = 0.001
 async def until(condition: Callable[[], bool]) -> None:
     """Let other tasks run until ``condition`` holds."""
     with anyio.fail_after(LIMIT):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # there is no event for it
             await anyio.sleep(STEP)  # there is no event for it
 
 
