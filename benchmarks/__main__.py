@@ -10,10 +10,14 @@ from typing import Any
 
 from . import digits, handoff, million, web
 from ._children import ROOT
-from ._figure import FULL, QUICK, Figure, run
+from ._figure import FULL, QUICK, Benchmark, Figure
 from ._report import as_json, table
 
 FIGURES = [*handoff.FIGURES, *digits.FIGURES, *web.FIGURES, *million.FIGURES]
+_PATIENCE = (
+    "seconds, for each figure, to wait for other processes to be quiet, and to repeat what they "
+    "have spoilt (default: %(default)s)"
+)
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -46,11 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help="for every figure; each has its own default")
     parser.add_argument("--quick", action="store_true", help="a first look, not to be quoted")
     parser.add_argument("--json", type=Path, help="write all figures to this file as well")
+    parser.add_argument("--patience", type=float, default=60.0, help=_PATIENCE)
     options = parser.parse_args(arguments)
     scale = QUICK if options.quick else FULL
     everything = []
     for figure in chosen(options.figures):
-        result = run(figure, scale, options.rounds)
+        benchmark = Benchmark(figure, scale, patience=options.patience)
+        result = benchmark.run(options.rounds)
         print(f"\n{table(result)}\n", flush=True)
         everything.append(as_json(result))
         write(RESULTS / f"{figure.name}.json", everything[-1])

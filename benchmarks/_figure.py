@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ._procfs import Noise, NoiseMeter
+from ._procfs import Noise, NoiseMeter, quiet_moment
 
 Sample = Mapping[str, float]
 """What one arm measured in one round, by metric."""
@@ -76,9 +77,17 @@ class Comparison:
         return own / other if other else float("inf")
 
 
-def one_by_one(arms: Mapping[str, Callable[[Scale], Sample]]) -> Callable[[Scale], Round]:
-    """What measures arms that have nothing in common, in their order."""
-    return lambda scale: {name: measure(scale) for name, measure in arms.items()}
+Step = Callable[[Scale], Round]
+"""Measures some arms, or one, for one round."""
+
+
+def one_by_one(arms: Mapping[str, Callable[[Scale], Sample]]) -> list[Step]:
+    """The steps of arms that have nothing in common."""
+
+    def step(name: str, measure: Callable[[Scale], Sample]) -> Step:
+        return lambda scale: {name: measure(scale)}
+
+    return [step(name, measure) for name, measure in arms.items()]
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Figure:
     arms: Sequence[str]
     metrics: Sequence[Metric]
     comparisons: Sequence[Comparison]
-    measure: Callable[[Scale], Round]
+    steps: Sequence[Step]
     rounds: int = 5
     notes: str = ""
 
@@ -119,7 +128,8 @@ class Result:
 
     figure: Figure
     rounds: list[Round] = field(default_factory=list)
-    noise: list[Noise] = field(default_factory=list)
+    noise: list[Noise] = field(default_factory=list)  # during each step of each round
+    repeated: int = 0  # steps that were measured again because others had spoilt them
 
     def spread(self, arm: str, metric: str) -> Spread | None:
         """One cell of the table; None where the arm has no such metric."""
@@ -131,13 +141,47 @@ class Result:
         return Spread.of([comparison.value(each) for each in self.rounds])
 
 
-def run(figure: Figure, scale: Scale, rounds: int | None = None) -> Result:
-    """Measure a figure: A B C A B C ..., so that a busy moment hits every arm alike."""
-    result = Result(figure)
-    count = rounds or scale.rounds or figure.rounds
-    for number in range(1, count + 1):
-        print(f"{figure.name}: round {number} of {count}", file=sys.stderr)
-        meter = NoiseMeter()
-        result.rounds.append(figure.measure(scale))
-        result.noise.append(meter.read())
-    return result
+class Benchmark:
+    """Measures a figure: A B C A B C ..., so that a busy time hits every arm alike.
+
+    :param patience: seconds that may be spent on waiting for others to be quiet, and on
+        repeating what they have spoilt. What is repeated is decided by their CPU time alone
+    """
+
+    def __init__(self, figure: Figure, scale: Scale, *, patience: float = 0.0) -> None:
+        self._scale = scale
+        self._patience = patience
+        self._result = Result(figure)
+
+    def run(self, rounds: int | None = None) -> Result:
+        """Measure that many rounds, or as many as the scale or the figure asks for."""
+        figure = self._result.figure
+        count = rounds or self._scale.rounds or figure.rounds
+        for number in range(1, count + 1):
+            print(f"{figure.name}: round {number} of {count}", file=sys.stderr)
+            measured: dict[str, Sample] = {}
+            for step in figure.steps:
+                measured.update(self._measure(step))
+            self._result.rounds.append(measured)
+        return self._result
+
+    def _measure(self, step: Step) -> Round:
+        while True:
+            start = time.monotonic()
+            meter = NoiseMeter(self._wait_for_quiet())
+            measured = step(self._scale)
+            noise = meter.read()
+            if not noise.busy or self._patience <= 0:
+                self._result.noise.append(noise)
+                return measured
+            self._patience -= time.monotonic() - start
+            self._result.repeated += 1
+
+    def _wait_for_quiet(self) -> float:
+        """Wait while patience lasts; return the pressure of the last moment."""
+        while True:
+            start = time.monotonic()
+            moment = quiet_moment()
+            if not moment.busy or self._patience <= 0:
+                return moment.pressure
+            self._patience -= time.monotonic() - start

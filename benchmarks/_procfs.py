@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _PRESSURE = Path("/proc/pressure/cpu")
-_QUIET = 0.3  # seconds of doing nothing, in which all waiting for a CPU is other people's
+QUIET = 0.3  # seconds of doing nothing, in which all waiting for a CPU is other people's
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -60,7 +60,7 @@ def total(counts: dict[int, ThreadCounts]) -> ThreadCounts:
 
 @dataclass(frozen=True)
 class Noise:
-    """Who else wanted the machine during a round."""
+    """Who else wanted the machine while something was measured."""
 
     pressure: float  # the share of a quiet moment in which somebody waited for a CPU
     others: float  # CPUs that other processes kept busy
@@ -73,22 +73,24 @@ class Noise:
 
 
 class NoiseMeter:
-    """Tells, from its making to ``read``, how busy everybody but this process was.
+    """Tells how busy everybody but this process was, from its making to ``read``.
 
     Children count as ours once they have been waited for.
+
+    :param pressure: of a quiet moment just before
     """
 
-    def __init__(self) -> None:
-        self._pressure = _pressure_while_quiet()
+    def __init__(self, pressure: float = 0.0) -> None:
+        self._pressure = pressure
         self._start = time.monotonic()
-        self._busy, self._stolen = _machine_cpu()
-        self._own = _own_cpu()
+        self._busy, self._stolen = machine_cpu()
+        self._own = own_cpu()
 
     def read(self) -> Noise:
         """The noise since this meter was made."""
         seconds = time.monotonic() - self._start
-        busy, stolen = _machine_cpu()
-        others = (busy - self._busy) - (_own_cpu() - self._own)
+        busy, stolen = machine_cpu()
+        others = (busy - self._busy) - (own_cpu() - self._own)
         return Noise(
             pressure=self._pressure,
             others=max(0.0, others / seconds),
@@ -96,13 +98,14 @@ class NoiseMeter:
         )
 
 
-def _pressure_while_quiet() -> float:
-    before = _stalled()
-    time.sleep(_QUIET)
-    return (_stalled() - before) / _QUIET
+def quiet_moment() -> Noise:
+    """The noise while this process does nothing, for a moment."""
+    meter, stalled = NoiseMeter(), stalled()
+    time.sleep(QUIET)
+    return replace(meter.read(), pressure=(stalled() - stalled) / QUIET)
 
 
-def _stalled() -> float:
+def stalled() -> float:
     """Seconds, since the machine started, in which some task waited for a CPU."""
     try:
         line = _PRESSURE.read_text().splitlines()[0]
@@ -111,14 +114,18 @@ def _stalled() -> float:
     return int(line.rpartition("total=")[2]) / 1e6
 
 
-def _machine_cpu() -> tuple[float, float]:
-    """CPU seconds that anybody used, and that were stolen, since the machine started."""
+def machine_cpu() -> tuple[float, float]:
+    """CPU seconds that processes used, and that were stolen, since the machine started.
+
+    Interrupts are left out: those of our own traffic belong to nobody.
+    """
     fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
-    return (user + nice + system + irq + softirq) / _TICKS, steal / _TICKS
+    user, nice, system, _idle, _iowait, _irq, _softirq, steal = map(int, fields[:8])
+    return (user + nice + system) / _TICKS, steal / _TICKS
 
 
-def _own_cpu() -> float:
+def own_cpu() -> float:
+    """CPU seconds that this process used, and the children it has waited for."""
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     usages = [resource.getrusage(each) for each in whose]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)

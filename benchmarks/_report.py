@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
 from ._figure import Comparison, Metric, Result, Spread
-from ._procfs import Noise
 
 _PACKAGES = (
     "asgi-infer",
@@ -28,8 +27,7 @@ _PACKAGES = (
 def table(result: Result) -> str:
     """The figure as text."""
     figure = result.figure
-    rounds = len(result.rounds)
-    lines = [f"{figure.name}: {figure.title}", _noise_line(result.noise, rounds), ""]
+    lines = [f"{figure.name}: {figure.title}", _noise_line(result), ""]
     lines += _columns(_arm_rows(result))
     if figure.comparisons:
         lines += ["", *_columns(_comparison_rows(result))]
@@ -48,6 +46,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "comparisons": [_comparison_json(result, each) for each in figure.comparisons],
         "rounds": result.rounds,
         "noise": [asdict(each) for each in result.noise],
+        "repeated": result.repeated,
         "machine_busy": any(each.busy for each in result.noise),
         "environment": environment(),
     }
@@ -71,15 +70,16 @@ def _versions() -> Iterable[tuple[str, str]]:
             yield package, "not installed"
 
 
-def _noise_line(noise: Sequence[Noise], rounds: int) -> str:
+def _noise_line(result: Result) -> str:
+    noise = result.noise
     others = Spread.of([each.others for each in noise])
-    pressure = max(each.pressure for each in noise)
-    stolen = max(each.stolen for each in noise)
     busy = sum(each.busy for each in noise)
-    verdict = f"BUSY in {busy} of them: trust ratios, not seconds" if busy else "quiet"
+    verdict = f"BUSY in {busy} of {len(noise)} measurements" if busy else "quiet"
     return (
-        f"median (min-max) of {rounds} rounds; machine {verdict} (other processes used "
-        f"{_cell(others, 2)} CPUs, pressure up to {pressure:.0%}, stolen up to {stolen:.2f} CPUs)"
+        f"median (min-max) of {len(result.rounds)} rounds; machine {verdict}: others used "
+        f"{_cell(others, 2)} CPUs,\npressure up to {max(each.pressure for each in noise):.0%}, "
+        f"stolen up to {max(each.stolen for each in noise):.2f} CPUs; "
+        f"{result.repeated} measurements repeated because others were busy"
     )
 
 

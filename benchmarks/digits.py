@@ -53,7 +53,7 @@ FIGURES = [
             Comparison("model_switches", "runner", at_most=20),
             Comparison("health_p99", "runner", at_most=15),
         ],
-        measure=one_by_one(_ARMS),
+        steps=one_by_one(_ARMS),
         notes=_NOTE,
     ),
     Figure(
@@ -65,7 +65,7 @@ FIGURES = [
             Comparison("calls", "given back", "kept"),
             Comparison("model_switches", "kept", "given back"),
         ],
-        measure=one_by_one(_POOLS),
+        steps=one_by_one(_POOLS),
         rounds=3,
     ),
     Figure(
@@ -79,6 +79,6 @@ FIGURES = [
             Comparison("health_p99", "nice 5", "nice 0"),
             Comparison("health_p99", "nice 10", "nice 0"),
         ],
-        measure=one_by_one(_NICENESS),
+        steps=one_by_one(_NICENESS),
     ),
 ]

@@ -52,7 +52,7 @@ def figure(loop: str) -> Figure:
             Metric("one", "us/call, 1 caller"),
         ],
         comparisons=[*comparisons, Comparison("one", "runner", "anyio")],
-        measure=measure,
+        steps=[measure],
         rounds=9,
         notes="Each round is a process of its own: which CPUs its threads share is a lottery.",
     )

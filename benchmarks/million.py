@@ -103,7 +103,7 @@ FIGURES = [
             Comparison("growth", "runner", at_most=_FLAT),
             Comparison("threads_growth", "runner", at_most=0),
         ],
-        measure=one_by_one({arm: _process(arm) for arm in _ARMS}),
+        steps=one_by_one({arm: _process(arm) for arm in _ARMS}),
         rounds=1,
     )
 ]

@@ -32,6 +32,6 @@ FIGURES = [
             Comparison("calls", "def", "async def"),
             Comparison("calls", "executor", "async def"),
         ],
-        measure=one_by_one(_ARMS),
+        steps=one_by_one(_ARMS),
     )
 ]

@@ -12,11 +12,30 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as program
-from benchmarks import _http
+from benchmarks import _figure, _http, _procfs
 from benchmarks._children import Child, ChildError, once
-from benchmarks._figure import QUICK, Comparison, Figure, Metric, Result, Round, Scale, Spread, run
+from benchmarks._figure import (
+    QUICK,
+    Benchmark,
+    Comparison,
+    Figure,
+    Metric,
+    Result,
+    Round,
+    Scale,
+    Spread,
+    one_by_one,
+)
 from benchmarks._load import Load, serve
-from benchmarks._procfs import Noise, NoiseMeter, ThreadCounts, thread_counts, total, used_between
+from benchmarks._procfs import (
+    Noise,
+    NoiseMeter,
+    ThreadCounts,
+    quiet_moment,
+    thread_counts,
+    total,
+    used_between,
+)
 from benchmarks._report import as_json, table
 
 QUIET = Noise(pressure=0.0, others=0.0, stolen=0.0)
@@ -34,7 +53,9 @@ def figure(*comparisons: Comparison) -> Figure:
         arms=["ours", "theirs"],
         metrics=[Metric("calls", "calls/s"), Metric("cpu", "CPU %", digits=0)],
         comparisons=comparisons,
-        measure=lambda scale: {"ours": {"calls": scale.seconds}, "theirs": {"calls": 1.0}},
+        steps=one_by_one(
+            {"ours": lambda scale: {"calls": scale.seconds}, "theirs": lambda _: {"calls": 1.0}}
+        ),
     )
 
 
@@ -102,11 +123,57 @@ def test_a_percentile_is_one_of_the_values(percent: float, value: int) -> None:
     assert _http.percentile(range(100, 0, -1), percent) == value
 
 
-def test_run_measures_every_round_at_the_scale_given() -> None:
-    """The rounds asked for are made, each with a reading of the noise."""
-    measured = run(figure(), replace(TINY, seconds=0.5), rounds=2)
+class Others:
+    """Other processes, busy in the measurements and moments that a test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, noises: list[Noise]) -> None:
+        self.noises = noises
+        self.moments = 0
+        monkeypatch.setattr(_figure, "NoiseMeter", lambda pressure: self)
+        monkeypatch.setattr(_figure, "quiet_moment", self.moment)
+
+    def moment(self) -> Noise:
+        self.moments += 1
+        return QUIET
+
+    def read(self) -> Noise:
+        return self.noises.pop(0)
+
+
+def test_every_round_is_measured_at_the_scale_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rounds asked for are made of one step for each arm, each with a reading of the noise."""
+    others = Others(monkeypatch, [QUIET] * 4)
+    measured = Benchmark(figure(), replace(TINY, seconds=0.5)).run(2)
     assert [each["ours"]["calls"] for each in measured.rounds] == [0.5, 0.5]
-    assert len(measured.noise) == 2
+    assert measured.noise == [QUIET] * 4
+    assert others.moments == 4
+
+
+def test_what_others_have_spoilt_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is repeated, while patience lasts, until nobody else was busy."""
+    Others(monkeypatch, [QUIET, BUSY, BUSY, QUIET])
+    measured = Benchmark(figure(), TINY, patience=60.0).run(1)
+    assert measured.repeated == 2
+    assert measured.noise == [QUIET, QUIET]
+
+
+def test_without_patience_spoilt_figures_are_kept_and_marked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine that is never quiet still gets its figures, which say so."""
+    Others(monkeypatch, [BUSY, QUIET])
+    measured = Benchmark(figure(), TINY).run(1)
+    assert measured.repeated == 0
+    assert "BUSY in 1 of 2 measurements" in table(measured)
+
+
+def test_a_busy_moment_is_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step starts while others are busy, as long as patience lasts."""
+    Others(monkeypatch, [QUIET, QUIET])
+    moments = iter([BUSY, BUSY, QUIET, QUIET])
+    monkeypatch.setattr(_figure, "quiet_moment", lambda: next(moments))
+    assert len(Benchmark(figure(), TINY, patience=60.0).run(1).rounds) == 1
+    assert list(moments) == []
 
 
 # -- the report --------------------------------------------------------------------------------
@@ -123,7 +190,7 @@ def test_the_table_shows_medians_ranges_and_verdicts() -> None:
     assert "calls/s: ours 30.00 (20.00-60.00) <= 30 yes" in lines
 
 
-@pytest.mark.parametrize(("noise", "verdict"), [(QUIET, "quiet"), (BUSY, "BUSY in 3 of them")])
+@pytest.mark.parametrize(("noise", "verdict"), [(QUIET, "quiet"), (BUSY, "BUSY in 3 of 3")])
 def test_the_table_says_whether_the_machine_was_busy(noise: Noise, verdict: str) -> None:
     """A reader sees at once which figures others have spoilt."""
     assert f"machine {verdict}" in table(result(noise=noise))
@@ -162,7 +229,18 @@ def test_the_program_prints_a_table_and_writes_both_files(
     """Each figure gets a file, and ``--json`` gets them all."""
     monkeypatch.setattr(program, "FIGURES", [figure()])
     monkeypatch.setattr(program, "RESULTS", tmp_path)
-    program.main(["example", "--quick", "--rounds", "1", "--json", str(tmp_path / "all.json")])
+    program.main(
+        [
+            "example",
+            "--quick",
+            "--rounds",
+            "1",
+            "--patience",
+            "0",
+            "--json",
+            str(tmp_path / "all.json"),
+        ]
+    )
     assert f"ours    {QUICK.seconds}" in capsys.readouterr().out
     own = json.loads((tmp_path / "example.json").read_text())
     assert [own] == json.loads((tmp_path / "all.json").read_text())
@@ -198,16 +276,38 @@ def test_what_threads_used_is_the_difference_of_two_readings() -> None:
 
 @on_linux
 def test_a_child_is_told_asked_and_counted() -> None:
-    """The counts of a process come by thread; what it computed does not count as others' noise."""
-    meter = NoiseMeter()
+    """A child's counts come by thread; when it has ended, its CPU time counts as our own."""
+    own = _procfs.own_cpu()
     with Child("_script", "--seconds", "0.2") as child:
         assert child.ask() == {"event": "ready"}
         before = thread_counts(child.pid)
         child.tell()
         assert child.ask()["calls"] > 0
-        used = used_between(before, thread_counts(child.pid))
-        assert used[child.pid].cpu > 0
-    assert meter.read().others < 100
+        used = used_between(before, thread_counts(child.pid))[child.pid].cpu
+    assert 0 < used < _procfs.own_cpu() - own
+
+
+@pytest.mark.parametrize(("own", "busy"), [(0.0, True), (500.0, False)])
+def test_others_are_all_but_this_process_and_its_children(
+    own: float, busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the CPU time of the machine, what is ours is no noise."""
+    used, mine = iter([(0.0, 0.0), (500.0, 0.0)]), iter([0.0, own])
+    monkeypatch.setattr(_procfs, "machine_cpu", lambda: next(used))
+    monkeypatch.setattr(_procfs, "own_cpu", lambda: next(mine))
+    assert NoiseMeter().read().busy is busy
+
+
+def test_pressure_is_the_share_of_a_quiet_moment_in_which_somebody_waited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the moment spent waiting for a CPU is a pressure of one half."""
+    stalled = iter([1.0, 1.0 + _procfs.QUIET / 2])
+    monkeypatch.setattr(_procfs, "machine_cpu", lambda: (0.0, 0.0))
+    monkeypatch.setattr(_procfs, "stalled", lambda: next(stalled))
+    moment = quiet_moment()
+    assert moment.pressure == pytest.approx(0.5)
+    assert moment.busy
 
 
 def test_a_child_that_ends_early_is_an_error() -> None:
@@ -219,11 +319,15 @@ def test_a_child_that_ends_early_is_an_error() -> None:
 # -- every arm ---------------------------------------------------------------------------------
 
 
+def _round(each: Figure) -> Round:
+    return {arm: sample for step in each.steps for arm, sample in step(TINY).items()}
+
+
 @on_linux
 def test_every_arm_of_every_figure_yields_finite_figures() -> None:
     """Each runs once, in its own processes, and fills every column that it is to fill."""
     with ThreadPoolExecutor(3) as executor:
-        rounds = executor.map(lambda each: each.measure(TINY), program.FIGURES)
+        rounds = executor.map(_round, program.FIGURES)
         for each, measured in zip(program.FIGURES, rounds, strict=True):
             assert list(measured) == list(each.arms)
             for arm, sample in measured.items():
