@@ -100,9 +100,9 @@ class NoiseMeter:
 
 def quiet_moment() -> Noise:
     """The noise while this process does nothing, for a moment."""
-    meter, stalled = NoiseMeter(), stalled()
+    meter, before = NoiseMeter(), stalled()
     time.sleep(QUIET)
-    return replace(meter.read(), pressure=(stalled() - stalled) / QUIET)
+    return replace(meter.read(), pressure=(stalled() - before) / QUIET)
 
 
 def stalled() -> float:
