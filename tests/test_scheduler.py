@@ -1,0 +1,696 @@
+"""Admission, the queue, the one slot and the books: on a clock of the tests' own."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from asgi_infer import _scheduler
+from asgi_infer._call import Call, CallState, Departure
+from asgi_infer._errors import (
+    ClientDisconnected,
+    DeadlineExceeded,
+    Draining,
+    InferenceError,
+    NotReady,
+    QueueFull,
+)
+from asgi_infer._scheduler import Scheduler, retry_after, stopped
+from asgi_infer._statistics import Counters
+
+from .calls import RecordingPort, make_call
+from .gates import LIMIT
+
+CANCELLED, EXPIRED = Departure.CANCELLED, Departure.EXPIRED
+
+
+class Clock:
+    """``time.monotonic()``, which stands still unless it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Desk:
+    """A scheduler, its books, and where its callers wait."""
+
+    def __init__(self, max_queue: int = 100) -> None:
+        self.counters = Counters()
+        self.scheduler = Scheduler(
+            max_queue=max_queue, counters=self.counters, lock=threading.RLock()
+        )
+        self.port = RecordingPort()
+
+    def call(self, waiter: Any = "waiter", **options: Any) -> Call:
+        return make_call(port=self.port, waiter=waiter, **options)
+
+    def admit(self, waiter: Any = "waiter", **options: Any) -> Call:
+        call = self.call(waiter, **options)
+        self.scheduler.admit(call)
+        return call
+
+    def take(self) -> Call:
+        call = self.scheduler.take()
+        assert call is not None
+        return call
+
+    def run(self, value: object = None, error: Exception | None = None) -> Call:
+        call = self.take()
+        self.scheduler.finish(call, value, error)
+        return call
+
+    def books(self, **expected: int) -> None:
+        """The counters are those given, and the rest 0."""
+        counted = {name: getattr(self.counters, name) for name in COUNTS}
+        assert counted == dict.fromkeys(COUNTS, 0) | expected
+        check_law(self.scheduler, self.counters)
+
+
+COUNTS = (
+    *("submitted", "completed", "failed", "cancelled", "expired", "rejected"),
+    *("late", "running"),
+)
+
+
+def check_law(scheduler: Scheduler, c: Counters) -> None:
+    """The law of conservation."""
+    ended = c.completed + c.failed + c.cancelled + c.expired + c.rejected
+    assert c.submitted == ended + scheduler.queued + c.running
+    assert c.running in (0, 1)
+    assert c.late <= c.cancelled + c.expired + c.running
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(_scheduler, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+@pytest.fixture
+def desk(clock: Clock) -> Desk:
+    del clock  # stands still
+    return Desk()
+
+
+# -- the usual way -----------------------------------------------------------------------------
+
+
+def test_call_that_returns(desk: Desk, clock: Clock) -> None:
+    """Admitted, taken, finished: the caller is woken once, and the times are right."""
+    call = desk.admit()
+    desk.books(submitted=1)
+    clock.now += 2
+    assert desk.take() is call
+    states = [call.state]
+    assert desk.scheduler.current() is call
+    desk.books(submitted=1, running=1)
+    clock.now += 3
+    desk.scheduler.finish(call, "result", None)
+    assert [*states, call.state] == [CallState.RUNNING, CallState.FINISHED]
+    assert desk.scheduler.current() is None
+    assert call.outcome() == "result"
+    assert (call.started - call.arrived, call.ended - call.started) == (2, 3)
+    assert desk.port.posted == ["waiter"]
+    desk.books(submitted=1, completed=1)
+
+
+def test_call_that_raises(desk: Desk) -> None:
+    """An error is the outcome, and counts as failed."""
+    desk.admit()
+    call = desk.run(error=LookupError("gone"))
+    with pytest.raises(LookupError, match="gone"):
+        call.outcome()
+    desk.books(submitted=1, failed=1)
+
+
+def test_none_is_a_result(desk: Desk) -> None:
+    """A function that returns None has returned."""
+    desk.admit()
+    assert desk.run(None).outcome() is None
+
+
+def test_arguments_are_let_go(desk: Desk) -> None:
+    """Function and arguments may be large: they go when the call can't run any more."""
+    for end in (desk.run, lambda: desk.scheduler.withdraw(desk.scheduler.waiting()[0])):
+        call = desk.admit()
+        assert call.work is not None
+        end()
+        assert call.work is None
+
+
+# -- refusals ----------------------------------------------------------------------------------
+
+
+def test_queue_full(clock: Clock) -> None:
+    """As many wait as may: the next is refused at once, and told when to come back."""
+    desk = Desk(max_queue=2)
+    desk.admit()
+    desk.take()
+    desk.admit()
+    desk.admit()
+    with pytest.raises(QueueFull, match="2 calls are waiting") as caught:
+        desk.admit()
+    assert caught.value.headers == {"Retry-After": "1"}
+    desk.books(submitted=4, rejected=1, running=1)
+    assert clock.now == 1000
+
+
+def test_queue_full_predicts_the_wait(clock: Clock) -> None:
+    """Retry-After: calls ahead times the measured service time, and the running one's rest."""
+    desk = Desk(max_queue=3)
+    desk.admit()
+    call = desk.take()
+    clock.now += 4
+    desk.scheduler.finish(call, None, None)
+    for _ in range(4):
+        desk.admit()
+        if desk.scheduler.current() is None:
+            desk.take()
+    clock.now += 1  # of the running call's 4 seconds
+    with pytest.raises(QueueFull) as caught:
+        desk.admit()
+    assert caught.value.retry_after == pytest.approx(3 * 4 + 3, rel=0.2)
+
+
+def test_expired_calls_make_room(clock: Clock) -> None:
+    """A full queue is rid of those whose time is up before anybody is refused."""
+    desk = Desk(max_queue=2)
+    desk.admit("first", deadline=clock.now + 1)
+    desk.admit("second", deadline=clock.now + 5)
+    clock.now += 1
+    desk.admit("third")
+    assert desk.port.posted == ["first"]
+    desk.books(submitted=3, expired=1)
+
+
+def test_no_room_after_all(clock: Clock) -> None:
+    """Room that expired calls made is given out once."""
+    desk = Desk(max_queue=1)
+    desk.admit(deadline=clock.now + 1)
+    clock.now += 1
+    desk.admit()
+    with pytest.raises(QueueFull):
+        desk.admit()
+    desk.books(submitted=3, expired=1, rejected=1)
+
+
+def test_too_little_time(desk: Desk, clock: Clock) -> None:
+    """Less time than the predicted wait: refused at once, and told so; enough time is let in."""
+    desk.admit()
+    call = desk.take()
+    clock.now += 10
+    desk.scheduler.finish(call, None, None)
+    desk.admit()
+    desk.admit(deadline=clock.now + 10)
+    with pytest.raises(DeadlineExceeded, match="it was not queued") as caught:
+        desk.admit(deadline=clock.now + 19.9)
+    assert not caught.value.started
+    assert caught.value.retry_after == pytest.approx(20, rel=0.2)
+    desk.books(submitted=4, completed=1, rejected=1)
+
+
+def test_urgent_call_waits_less(desk: Desk, clock: Clock) -> None:
+    """The prediction counts those ahead only: an urgent call passes the others."""
+    desk.admit()
+    call = desk.take()
+    clock.now += 10
+    desk.scheduler.finish(call, None, None)
+    for _ in range(5):
+        desk.admit()
+    assert desk.admit(priority=-1, deadline=clock.now + 0.1) is desk.take()
+
+
+def test_refusal(desk: Desk) -> None:
+    """From the moment on that a runner refuses, every new call gets an error of its own."""
+    accepted = desk.admit()
+    desk.scheduler.refuse(lambda again: NotReady("no model", retry_after=again))
+    errors = []
+    for _ in range(2):
+        with pytest.raises(NotReady, match="no model") as caught:
+            desk.admit()
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
+    assert errors[0].headers == {"Retry-After": "1"}
+    assert desk.take() is accepted
+    desk.books(submitted=3, rejected=2, running=1)
+
+
+@pytest.mark.parametrize(
+    ("wait", "least", "most"), [(0, 1, 1), (10, 8, 12), (55, 44, 60), (1e9, 60, 60)]
+)
+def test_retry_after(wait: float, least: float, most: float) -> None:
+    """Within 1 and 60 seconds, give or take a fifth, and not the same for all."""
+    seconds = {retry_after(wait) for _ in range(200)}
+    assert least <= min(seconds)
+    assert max(seconds) <= most
+    assert len(seconds) == 1 or len(seconds) > 100
+
+
+# -- deadlines ---------------------------------------------------------------------------------
+
+
+def test_expires_in_the_queue(desk: Desk, clock: Clock) -> None:
+    """A call whose time is up is never taken, not even in the very tick of its deadline."""
+    late = desk.admit("late", deadline=clock.now + 1)
+    patient = desk.admit("patient")
+    clock.now += 1
+    assert desk.take() is patient
+    assert desk.port.posted == ["late"]
+    with pytest.raises(DeadlineExceeded, match="it never ran") as caught:
+        late.outcome()
+    assert not caught.value.started
+    assert caught.value.retry_after is not None
+    desk.books(submitted=2, expired=1, running=1)
+
+
+def test_expires_while_running(desk: Desk, clock: Clock) -> None:
+    """The caller leaves with ``started``; the slot stays taken; the result is thrown away."""
+    call = desk.admit(deadline=clock.now + 1)
+    desk.take()
+    clock.now += 2
+    assert desk.scheduler.expire(call)
+    assert not desk.scheduler.expire(call)
+    desk.books(submitted=1, running=1, late=1)
+    desk.scheduler.finish(call, "too late", None)
+    with pytest.raises(DeadlineExceeded, match="it runs on") as caught:
+        call.outcome()
+    assert caught.value.started
+    assert caught.value.retry_after is None
+    assert desk.port.posted == []
+    desk.books(submitted=1, expired=1, late=1)
+
+
+def test_expires_after_the_end(desk: Desk, clock: Clock) -> None:
+    """A call that ended in the tick of its deadline has ended: one outcome, its own."""
+    call = desk.admit(deadline=clock.now + 1)
+    desk.run("just in time")
+    clock.now += 1
+    assert not desk.scheduler.expire(call)
+    assert call.outcome() == "just in time"
+    desk.books(submitted=1, completed=1)
+
+
+def test_wall_clock_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wall clock that jumps changes nothing: no deadline is measured on it."""
+
+    def never() -> float:
+        raise AssertionError("the wall clock was asked")
+
+    monkeypatch.setattr(time, "time", never)
+    desk = Desk()
+    desk.admit(deadline=time.monotonic() + 60)
+    assert desk.run("on time").outcome() == "on time"
+
+
+# -- callers that leave ------------------------------------------------------------------------
+
+
+def test_leave_the_queue(desk: Desk) -> None:
+    """Who leaves the queue is out of it at once, never runs and is never woken."""
+    first, second = desk.admit("first"), desk.admit("second")
+    assert desk.scheduler.leave(first, CANCELLED)
+    assert first.state is CallState.DROPPED
+    assert desk.take() is second
+    assert desk.port.posted == []
+    desk.books(submitted=2, cancelled=1, running=1)
+
+
+def test_leave_while_running(desk: Desk) -> None:
+    """Who leaves a running call doesn't free the slot; its end wakes nobody."""
+    call = desk.admit()
+    desk.take()
+    assert desk.scheduler.leave(call, CANCELLED)
+    desk.books(submitted=1, running=1, late=1)
+    desk.scheduler.finish(call, "result", None)
+    assert desk.port.posted == []
+    desk.books(submitted=1, cancelled=1, late=1)
+
+
+@pytest.mark.parametrize("error", [None, LookupError("gone")])
+def test_leave_after_the_end(desk: Desk, error: Exception | None) -> None:
+    """Who leaves when the call has ended leaves the books as they are."""
+    desk.admit()
+    call = desk.run(error=error)
+    assert not desk.scheduler.leave(call, CANCELLED)
+    desk.books(submitted=1, completed=error is None, failed=error is not None)
+
+
+def test_leave_twice(desk: Desk) -> None:
+    """The first reason counts: a call that expired isn't cancelled as well."""
+    call = desk.admit()
+    desk.take()
+    assert desk.scheduler.expire(call)
+    assert not desk.scheduler.leave(call, CANCELLED)
+    desk.scheduler.finish(call, None, None)
+    desk.books(submitted=1, expired=1, late=1)
+
+
+def test_withdraw(desk: Desk) -> None:
+    """A future's cancel() takes back what waits, and leaves alone what has started."""
+    running, waiting = desk.admit(), desk.admit()
+    desk.take()
+    assert not desk.scheduler.withdraw(running)
+    assert desk.scheduler.withdraw(waiting)
+    assert not desk.scheduler.withdraw(waiting)
+    desk.books(submitted=2, cancelled=1, running=1)
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_disconnect(desk: Desk, running: bool) -> None:
+    """The client is gone: its caller, who doesn't know it yet, is woken with that error."""
+    call = desk.admit()
+    if running:
+        desk.take()
+    desk.scheduler.disconnect(call)
+    desk.scheduler.disconnect(call)
+    assert desk.port.posted == ["waiter"]
+    with pytest.raises(ClientDisconnected, match="while its" if running else "before its"):
+        call.outcome()
+    if running:
+        desk.scheduler.finish(call, None, None)
+    assert desk.port.posted == ["waiter"]
+    desk.books(submitted=1, cancelled=1, late=running)
+
+
+def test_failure_of_a_late_call(desk: Desk) -> None:
+    """What a call raises that nobody waits for any more isn't a failure in the books."""
+    call = desk.admit()
+    desk.take()
+    desk.scheduler.leave(call, CANCELLED)
+    desk.scheduler.finish(call, None, LookupError("gone"))
+    desk.books(submitted=1, cancelled=1, late=1)
+
+
+# -- the end -----------------------------------------------------------------------------------
+
+
+def test_stop(desk: Desk) -> None:
+    """A stopped scheduler hands out what it has accepted, and then the end."""
+    call = desk.admit()
+    desk.scheduler.stop()
+    assert desk.take() is call
+    desk.scheduler.finish(call, None, None)
+    assert desk.scheduler.take() is None
+    assert desk.scheduler.take() is None
+    desk.books(submitted=1, completed=1)
+
+
+def test_drop_queued(desk: Desk) -> None:
+    """Everything that waits is cancelled, in order, each with an error of its own."""
+    running = desk.admit("running")
+    desk.take()
+    calls = [desk.admit(number) for number in range(3)]
+    desk.scheduler.drop_queued(stopped)
+    assert desk.port.posted == [0, 1, 2]
+    for call in calls:
+        with pytest.raises(Draining, match="before it could run"):
+            call.outcome()
+    desk.scheduler.finish(running, "result", None)
+    assert running.outcome() == "result"
+    desk.books(submitted=4, cancelled=3, completed=1)
+
+
+def test_abandon_running(desk: Desk) -> None:
+    """The running call's caller is sent away, and the function is named for the log."""
+    assert desk.scheduler.abandon_running(stopped) is None
+    call = desk.admit(func=sorted)
+    desk.take()
+    assert desk.scheduler.abandon_running(stopped) == "sorted"
+    assert desk.scheduler.abandon_running(stopped) == "sorted"  # it runs, though nobody waits
+    assert desk.port.posted == ["waiter"]
+    with pytest.raises(Draining, match="while sorted was still running"):
+        call.outcome()
+    desk.scheduler.finish(call, None, None)
+    desk.books(submitted=1, cancelled=1, late=1)
+
+
+def test_abandon_in_the_tick_of_the_end(desk: Desk) -> None:
+    """A call whose function has just ended has no name any more, and is abandoned all the same."""
+    call = desk.admit()
+    desk.take()
+    call.work = None  # as finish() does, ahead of the lock
+    assert desk.scheduler.abandon_running(stopped) == "the call"
+
+
+def test_orphans(desk: Desk) -> None:
+    """What a forked child inherits: the running call, and those that wait."""
+    assert desk.scheduler.orphans() == []
+    first, second = desk.admit(), desk.admit()
+    assert desk.scheduler.orphans() == [first, second]
+    desk.take()
+    assert desk.scheduler.orphans() == [first, second]
+    assert desk.scheduler.waiting() == [second]
+
+
+# -- idleness ----------------------------------------------------------------------------------
+
+
+def test_idle_at_once(desk: Desk) -> None:
+    """Nothing waits, nothing runs: that is idle."""
+    assert desk.scheduler.when_idle().done()
+
+
+@pytest.mark.parametrize("end", ["cancelled", "dropped", "expired", "finished"])
+def test_idle_when_the_last_call_is_over(desk: Desk, clock: Clock, end: str) -> None:
+    """However the last call ends, those who wait for idleness are told, and not before."""
+    call = desk.admit(deadline=clock.now + 1)
+    futures = [desk.scheduler.when_idle(), desk.scheduler.when_idle()]
+    if end == "finished":
+        desk.take()
+    assert not any(future.done() for future in futures)
+    if end == "finished":
+        desk.scheduler.finish(call, None, None)
+    elif end == "cancelled":
+        desk.scheduler.withdraw(call)
+    elif end == "dropped":
+        desk.scheduler.drop_queued(stopped)
+    else:
+        clock.now += 1
+    desk.scheduler.stop()
+    assert desk.scheduler.take() is None
+    assert all(future.done() for future in futures)
+
+
+# -- service time ------------------------------------------------------------------------------
+
+
+def test_service_time_is_a_moving_average(desk: Desk, clock: Clock) -> None:
+    """The first call counts whole, then each by an eighth; late ones count too."""
+    for seconds, average in ((8.0, 8.0), (16.0, 9.0), (9.0, 9.0)):
+        call = desk.admit()
+        desk.take()
+        clock.now += seconds
+        desk.scheduler.leave(call, CANCELLED)
+        desk.scheduler.finish(call, None, None)
+        assert desk.counters.service_time == average
+
+
+# -- with a thread that takes ------------------------------------------------------------------
+
+
+@pytest.fixture
+def served() -> Iterator[Desk]:
+    """A desk with a thread behind it that gives every call its waiter for a result."""
+    desk = Desk()
+
+    def serve() -> None:
+        while (call := desk.scheduler.take()) is not None:
+            desk.scheduler.finish(call, call.waiter, None)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield desk
+    desk.scheduler.stop()
+    thread.join(LIMIT)
+    assert not thread.is_alive()
+
+
+class Bell:
+    """A port that rings when something is posted."""
+
+    def __init__(self) -> None:
+        self.rung = threading.Event()
+
+    def post(self, waiter: object, /) -> None:
+        del waiter
+        self.rung.set()
+
+
+def admit_and_wait(desk: Desk) -> None:
+    bell = Bell()
+    desk.scheduler.admit(make_call(port=bell))
+    assert bell.rung.wait(LIMIT)
+
+
+def test_sleeping_thread_is_woken(served: Desk) -> None:
+    """Each time the thread has run out of calls, the next one wakes it."""
+    for _ in range(100):
+        admit_and_wait(served)
+    served.books(submitted=100, completed=100)
+
+
+def test_cancel_between_put_and_get(served: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that leaves as its call is queued leaves a thread that runs the next one."""
+    queue = served.scheduler._queue
+    push = queue.push
+
+    def push_and_leave(call: Call) -> None:
+        push(call)
+        assert served.scheduler.leave(call, CANCELLED)
+
+    for _ in range(10):
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "push", push_and_leave)
+            served.admit()
+        admit_and_wait(served)
+    assert served.port.posted == []
+    served.books(submitted=20, cancelled=10, completed=10)
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("restless")
+def test_cancel_in_the_tick_of_completion(served: Desk) -> None:
+    """In ten thousand races between a caller that leaves and the end of its call, one of the two
+    wins: either it left and is never woken, or it is woken, once."""
+    left = []
+    for number in range(10_000):
+        call = served.admit(number)
+        sum(range(number % 3000))  # now and then a little later
+        if served.scheduler.leave(call, CANCELLED):
+            left.append(number)
+    admit_and_wait(served)
+    served.scheduler.when_idle().result(LIMIT)
+    woken = served.port.posted
+    assert woken  # both outcomes have come about, or this has tested nothing
+    assert left
+    assert sorted(woken + left) == list(range(10_000))
+    assert served.counters.cancelled == len(left)
+    assert served.counters.completed == len(woken) + 1
+    check_law(served.scheduler, served.counters)
+
+
+# -- every sequence of steps -------------------------------------------------------------------
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any sequence of steps: the books balance, and each caller is woken when it should be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(_scheduler, "time", SimpleNamespace(monotonic=self.clock.monotonic))
+        self.desk = Desk(max_queue=3)
+        self.scheduler = self.desk.scheduler
+        self.calls: list[Call] = []
+        self.left: set[Call] = set()  # whose callers went by themselves: nobody to be woken
+        self.rejected = 0
+
+    def teardown(self) -> None:
+        self.patch.undo()
+
+    @rule(priority=st.integers(-1, 1), seconds=st.none() | st.integers(1, 4))
+    def admit(self, priority: int, seconds: int | None) -> None:
+        deadline = None if seconds is None else self.clock.now + seconds
+        call = self.desk.call(priority=priority, deadline=deadline)
+        call.waiter = call
+        try:
+            self.scheduler.admit(call)
+        except InferenceError:
+            self.rejected += 1
+        else:
+            self.calls.append(call)
+
+    @rule(seconds=st.floats(0, 2))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @precondition(lambda self: not self.running() and self.takeable())
+    @rule()
+    def take(self) -> None:
+        first = min(self.takeable(), key=lambda call: call.priority)
+        assert self.scheduler.take() is first
+
+    @precondition(lambda self: self.running())
+    @rule(error=st.sampled_from([None, LookupError("gone")]))
+    def finish(self, error: Exception | None) -> None:
+        (call,) = self.running()
+        self.scheduler.finish(call, "result", error)
+
+    @precondition(lambda self: self.calls)
+    @rule(data=st.data(), how=st.sampled_from(["leave", "expire", "withdraw", "disconnect"]))
+    def depart(self, data: st.DataObject, how: str) -> None:
+        call = data.draw(st.sampled_from(self.calls))
+        states = [CallState.QUEUED] if how == "withdraw" else [CallState.QUEUED, CallState.RUNNING]
+        news = call.state in states and call.departure is None
+        if how == "disconnect":
+            self.scheduler.disconnect(call)
+            return
+        leave: dict[str, Callable[[Call], bool]] = {
+            "leave": lambda call: self.scheduler.leave(call, CANCELLED),
+            "expire": self.scheduler.expire,
+            "withdraw": self.scheduler.withdraw,
+        }
+        assert leave[how](call) == news
+        if news:
+            self.left.add(call)
+
+    @rule()
+    def drop_queued(self) -> None:
+        self.scheduler.drop_queued(stopped)
+
+    @rule()
+    def abandon_running(self) -> None:
+        assert self.scheduler.abandon_running(stopped) == ("len" if self.running() else None)
+
+    def running(self) -> list[Call]:
+        return [call for call in self.calls if call.state is CallState.RUNNING]
+
+    def takeable(self) -> list[Call]:
+        return [
+            call
+            for call in self.calls
+            if call.state is CallState.QUEUED
+            and (call.deadline is None or call.deadline > self.clock.now)
+        ]
+
+    @invariant()
+    def woken_once_when_over(self) -> None:
+        over = (CallState.FINISHED, CallState.DROPPED)
+        for call in self.calls:
+            due = call not in self.left and (call.state in over or call.departure is not None)
+            assert self.desk.port.posted.count(call) == due
+
+    @invariant()
+    def books_balance(self) -> None:
+        ended = [c for c in self.calls if c.state in (CallState.FINISHED, CallState.DROPPED)]
+        counters = self.desk.counters
+        assert counters.cancelled == sum(call.departure is CANCELLED for call in ended)
+        assert counters.expired == sum(call.departure is EXPIRED for call in ended)
+        assert counters.rejected == self.rejected
+        assert counters.submitted == len(self.calls) + self.rejected
+        assert counters.running == len(self.running())
+        check_law(self.scheduler, counters)
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
