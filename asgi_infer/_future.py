@@ -35,12 +35,14 @@ class CallFuture(Future[Any]):
         """Take over the outcome of the call."""
         call, self._call = self._call, None
         if call is not None:  # pragma: no branch  # only the one who ends a call settles it
-            try:
-                value = call.outcome()
-            except BaseException as error:
-                self.set_exception(error)
+            # The frames in the error's traceback refer to the call, and the future keeps the
+            # error: the reference from the call to the future would make that a cycle.
+            call.waiter = None
+            error, call.error = call.error, None
+            if error is None:
+                self.set_result(call.outcome())
             else:
-                self.set_result(value)
+                self.set_exception(error)
 
     def cancel(self) -> bool:
         """Take the call out of the queue; False if it has started."""
@@ -64,7 +66,10 @@ class CallFuture(Future[Any]):
         :raises DeadlineExceeded: the call's own time is up
         """
         self._wait_to_deadline(timeout)
-        return super().result(timeout)
+        try:
+            return super().result(timeout)
+        finally:
+            del self  # this frame is in the error's traceback, and the future keeps the error
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The call's exception, or None; raises as ``result`` does."""
