@@ -37,6 +37,7 @@ class Lifespan:
         """Serve the protocol to its end.
 
         :param state: added to the scope's state once the runners have started
+        :raises Exception: what kept a runner from starting, after the server has been told
         """
         self._startup = await self._receive()
         async with AsyncExitStack() as stack:
@@ -46,7 +47,7 @@ class Lifespan:
                     await stack.enter_async_context(opened)
                 except Exception as error:
                     await self._fail(runner, error)
-                    return
+                    raise  # as applications do; servers ignore it now, test clients raise it
             self._scope.setdefault("state", {}).update(state)
             await self._serve_app()
         if self._last is not None:

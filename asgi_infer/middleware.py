@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterable
 from typing import Any
 
 from ._call import current_caller
-from ._checks import check_seconds
+from ._checks import check_grace, check_seconds
 from ._client import ASGIApp, Client, Receive, Scope, Send
 from ._errors import InferenceError
 from ._lifespan import Lifespan
@@ -37,7 +38,8 @@ class InferenceMiddleware:
         waited (``queue``) and ran (``infer``)
     :param deadline_header: the name of a request header in which a client may give the seconds
         it will wait. It can only shorten the time that a call has
-    :raises ValueError: two runners have the same name, or there is none
+    :raises ValueError: two runners have the same name, or there is none; or an option makes no
+        sense
     """
 
     def __init__(
@@ -58,10 +60,12 @@ class InferenceMiddleware:
             raise ValueError(
                 f"InferenceMiddleware needs runners with different names, not {names}"
             )
-        self._grace = grace
+        self._grace = check_grace(grace)
+        if startup_timeout is not None:
+            check_seconds("startup_timeout", startup_timeout)
         self._startup_timeout = startup_timeout
         self._server_timing = server_timing
-        self._deadline_header = deadline_header and deadline_header.lower().encode()
+        self._deadline_header = None if deadline_header is None else _check_header(deadline_header)
         self._looked_around = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,6 +132,12 @@ class InferenceMiddleware:
                     "from it: calls whose client has gone will run. Add InferenceMiddleware last",
                     other.cls.__name__,
                 )
+
+
+def _check_header(name: Any) -> bytes:
+    if isinstance(name, str) and re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        return name.lower().encode()
+    raise ValueError(f"deadline_header must be the name of an HTTP header, not {name!r}")
 
 
 class InvalidDeadline(InferenceError):
