@@ -81,34 +81,33 @@ class AsyncioWaiter:
     __slots__ = (
         "_asyncio_future_blocking",
         "_callback",
-        "_cancelled",
+        "_cancellation",
         "_context",
         "_loop",
-        "_message",
         "_posted",
     )
+
+    _context: Context  # comes with the callback
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._asyncio_future_blocking = False
         self._loop = loop
         self._posted: bool | None = None
-        self._cancelled = False
-        self._message: object = None
         self._callback: Callable[[AsyncioWaiter], object] | None = None
-        self._context: Context | None = None
+        self._cancellation: tuple[object, ...] | None = None  # the arguments of the error
 
     def __await__(self) -> Generator[AsyncioWaiter, None, bool]:
         if self._posted is None:
             self._asyncio_future_blocking = True
             yield self
-        return self.result()
+        return self._posted is True
 
     def wake(self, posted: bool) -> None:
         """Resume the task, in a callback of its loop; nothing if nobody waits any more."""
-        if self._posted is None and not self._cancelled:
+        if self._posted is None:
             self._posted = posted
             callback, self._callback = self._callback, None
-            if callback is not None and self._context is not None:
+            if callback is not None:
                 self._context.run(callback, self)
 
     # -- for the task --------------------------------------------------------------------------
@@ -129,16 +128,16 @@ class AsyncioWaiter:
         callback, self._callback = self._callback, None
         if callback is None:
             return False
-        self._cancelled = True
-        self._message = msg
+        # With the message, by which anyio's scopes know a cancellation for their own.
+        self._cancellation = () if msg is None else (msg,)
+        self._posted = False
         self._loop.call_soon(callback, self, context=self._context)
         return True
 
-    def result(self) -> bool:
-        """Whether it was posted; else the deadline came first."""
-        if self._posted is None:
-            # With the message, by which anyio's scopes know a cancellation for their own.
-            raise asyncio.CancelledError(*(() if self._message is None else (self._message,)))
+    def result(self) -> bool | None:
+        """Whether it was posted; raises if it was cancelled."""
+        if self._cancellation is not None:
+            raise asyncio.CancelledError(*self._cancellation)
         return self._posted
 
 

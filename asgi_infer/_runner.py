@@ -148,7 +148,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
         finally:
             if caller is not None:
                 caller.left(call)
-        return cast("T", call.outcome())
+        result: T = call.outcome()
+        return result
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Call ``fn(*args, **kwargs)`` on the inference thread, from synchronous code.

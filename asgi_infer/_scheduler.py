@@ -119,54 +119,53 @@ class Scheduler:
         """Claim the next call, sleeping until there is one; None when it is time to stop."""
         while True:
             with self._lock:
-                call = self._queue.pop()
-                now = time.monotonic()
+                call = self._claim(time.monotonic())
                 if call is None:
                     self._notify_if_idle()
                     self._idle = not self._stopped
                     if self._stopped:
                         return None
-                elif call.deadline is None or now < call.deadline:
-                    call.state = CallState.RUNNING
-                    call.started = now
-                    self._running = call
-                    self._counters.running = 1
-                    return call
-                else:
-                    # Even if the thread is free in the very tick of the deadline: too late.
-                    self._drop([call], Departure.EXPIRED, _deadline_exceeded)
             if call is None:
                 self._wake_up.acquire()
+            elif call.state is CallState.RUNNING:
+                return call
             else:
                 call.port.post(call.waiter)
                 del call  # while it sleeps, the thread holds no call alive
 
-    def finish(self, call: Call, value: object, error: BaseException | None) -> None:
-        """The function has ended: close the books on ``call``, and settle it if it is awaited."""
+    def finish(self, call: Call, value: object, error: BaseException | None) -> Call | None:
+        """The function has ended: close the books on ``call``, and settle it if it is awaited.
+
+        :returns: the next call, claimed as by ``take``, if one is waiting
+        """
         call.work = None  # the arguments may be large
         call.ended = ended = time.monotonic()
-        departure = None
         with self._lock:
-            self._running = None
             call.state = CallState.FINISHED
             counters = self._counters
-            counters.running = 0
-            # A moving average (exponential). The first call counts whole: an average that
-            # starts from zero would promise short waits.
-            ran, average = ended - call.started, counters.service_time
-            counters.service_time = average + 0.125 * (ran - average) if average else ran
-            if call.departure is not None:
-                departure = call.departure
-                self._count(departure)
-            else:
+            awaited = call.departure is None
+            if awaited:
                 call.value = value
                 call.error = error
                 if error is None:
                     counters.completed += 1
                 else:
                     counters.failed += 1
-        if departure is None:
+            else:
+                self._count(call.departure)
+            # A moving average (exponential). The first call counts whole: an average that
+            # starts from zero would promise short waits.
+            ran, average = ended - call.started, counters.service_time
+            counters.service_time = average + 0.125 * (ran - average) if average else ran
+            self._running = None
+            counters.running = 0
+            following = self._claim(ended)
+        if awaited:
             call.port.post(call.waiter)
+        if following is None or following.state is CallState.RUNNING:
+            return following
+        following.port.post(following.waiter)
+        return None
 
     def current(self) -> Call | None:
         """The call that runs."""
@@ -228,6 +227,20 @@ class Scheduler:
         return len(self._queue)
 
     # -- under the lock ------------------------------------------------------------------------
+
+    def _claim(self, now: float) -> Call | None:
+        """Take the next call out of the queue: to run it, or to drop it if it is too late."""
+        call = self._queue.pop()
+        if call is not None:
+            if call.deadline is None or now < call.deadline:
+                call.state = CallState.RUNNING
+                call.started = now
+                self._running = call
+                self._counters.running = 1
+            else:
+                # Even if the thread is free in the very tick of the deadline: too late.
+                self._drop([call], Departure.EXPIRED, _deadline_exceeded)
+        return call
 
     def _examine(self, call: Call) -> tuple[list[Call], InferenceError | None]:
         """What must go to make room for ``call``, and the reason to refuse it, if there is one."""

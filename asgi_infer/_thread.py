@@ -152,7 +152,7 @@ class InferenceThread:
 
     def _serve(self, worker: OpenWorker) -> None:
         try:
-            while self._serve_one(worker):
+            while self._serve_burst(worker):
                 pass
         finally:
             self.stop_now()  # no news, unless this very loop failed: nobody may wait for ever
@@ -162,21 +162,23 @@ class InferenceThread:
         except BaseException:
             logger.exception("closing the model of %r failed", self._spec.name)
 
-    def _serve_one(self, worker: OpenWorker) -> bool:
+    def _serve_burst(self, worker: OpenWorker) -> bool:
+        """Run calls for as long as some are waiting. False when it is time to stop."""
         # In a function of its own: its locals, the call among them, die before the next sleep.
         call = self.scheduler.take()
         if call is None:
             return False
-        value: Any = None
-        error: Exception | None = None
-        try:
-            value = worker.execute(call)
-        except BaseException as exception:
-            if isinstance(exception, CallCancelled):
-                self._give_up(call)
-            error = _as_error(exception, call.work)
-        self.scheduler.finish(call, value, error)
-        del error  # its traceback refers to this frame
+        while call is not None:
+            value: Any = None
+            error: Exception | None = None
+            try:
+                value = worker.execute(call)
+            except BaseException as exception:
+                if isinstance(exception, CallCancelled):
+                    self._give_up(call)
+                error = _as_error(exception, call.work)
+            call = self.scheduler.finish(call, value, error)
+            del value, error  # it is the caller's now, and its traceback refers to this frame
         return True
 
     def _give_up(self, call: Call) -> None:
