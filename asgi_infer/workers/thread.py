@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
@@ -40,7 +41,7 @@ class OpenThreadWorker:
         self._spec = spec  # what references to this model carry as their owner
         with ExitStack() as stack:
             spec.native.enter(stack, name=spec.name)
-            self._model = None if spec.load is None else spec.load()
+            self._model = None if spec.load is None else _load(spec.load)
             spec.native.limit_threads()  # again: loading may have brought new runtimes
             stack.callback(self._destroy)
             if spec.warmup is not None:
@@ -73,6 +74,13 @@ class OpenThreadWorker:
         # In a reference cycle it would wait for the next collection, on whatever thread that is.
         if model() is not None:
             gc.collect()
+
+
+def _load(load: Callable[[], Any]) -> Any:
+    model = load()
+    if isinstance(model, CoroutineType):
+        _reject_lazy(model, load)
+    return model
 
 
 def _reject_lazy(result: Any, func: Any) -> None:
