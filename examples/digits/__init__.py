@@ -1,0 +1,1 @@
+"""Draw a digit, and scikit-learn reads it: ``python -m examples.digits``."""
