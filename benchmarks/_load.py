@@ -90,6 +90,7 @@ def _sample(
         "cpu": 100 * everything.cpu / seconds,
         "switches": everything.switches / calls,
         "model_switches": everything.switches / calls,
+        "model_cpu": 100 * everything.cpu / seconds,
     }
     if not model_in_loop:
         sample["model_switches"] = (everything.switches - loop.switches) / calls

@@ -1,4 +1,4 @@
-"""A real model that wants every CPU, behind a real server: FastAPI, uvicorn, eight clients."""
+"""A real model that wants every CPU, behind a real server: FastAPI and uvicorn."""
 
 from __future__ import annotations
 
@@ -7,70 +7,103 @@ from collections.abc import Callable
 from ._figure import Comparison, Figure, Metric, Sample, Scale, one_by_one
 from ._load import Load, script, serve
 
-_LOAD = Load(connections=8, digits=True)
-_TITLE = "HistGradientBoosting, 200 digits a call, model also warmed up on main; 8 clients"
+_TITLE = "HistGradientBoosting, 200 digits a call, model also warmed up on main"
+_MANY, _ONE = Load(connections=8, digits=True), Load(connections=1, digits=True)
 
-_CALLS = Metric("calls", "calls/s")
-_SWITCHES = Metric("model_switches", "switches/call: model's threads")
-_LOOP_SWITCHES = Metric("loop_switches", "loop thread")
-_CPU = Metric("cpu", "CPU %", digits=0)
-_HEALTH = Metric("health_p99", "/health p99 ms")
-_METRICS = [_CALLS, _SWITCHES, _LOOP_SWITCHES, _CPU, _HEALTH]
+_METRICS = [
+    Metric("calls", "calls/s"),
+    Metric("model_switches", "switches/call: model's threads"),
+    Metric("loop_switches", "loop thread"),
+    Metric("cpu", "CPU %", digits=0),
+    Metric("model_cpu", "model's", digits=0),
+    Metric("health_p99", "/health p99 ms"),
+]
 
 _NOTE = (
-    "Switches are voluntary context switches of all native threads. Where the model runs on the "
-    "main thread\n(script, async def), there is one column for all. /health is asked every 20 ms "
-    "by a process of its own."
+    "Switches are voluntary context switches of native threads; where the model runs on the main\n"
+    "thread (script, async def), all count as the model's. /health is asked every 20 ms, by a\n"
+    "process of its own. The clients run on the same CPUs, which the script has for itself."
 )
 
 
-def _server(*arguments: str, model_in_loop: bool = False) -> Callable[[Scale], Sample]:
-    return lambda scale: serve(_LOAD, scale, *arguments, model_in_loop=model_in_loop)
+def _server(load: Load, *arguments: str, model_in_loop: bool = False) -> Callable[[Scale], Sample]:
+    return lambda scale: serve(load, scale, *arguments, model_in_loop=model_in_loop)
 
 
-# The two that are held against each other most closely follow each other.
-_ARMS = {
-    "script": script,
-    "runner": _server("runner"),
-    "def": _server("def"),
-    "executor": _server("executor"),
-    "async def": _server("async def", model_in_loop=True),
-}
-_NICENESS = {f"nice {nice}": _server("runner", "--nice", str(nice)) for nice in (0, 5, 10)}
-_POOLS = {"given back": _server("runner"), "kept": _server("runner", "--keep-pool")}
+def _arms(load: Load) -> dict[str, Callable[[Scale], Sample]]:
+    # The two that are held against each other most closely follow each other.
+    return {
+        "script": script,
+        "runner": _server(load, "runner"),
+        "def": _server(load, "def"),
+        "executor": _server(load, "executor"),
+        "async def": _server(load, "async def", model_in_loop=True),
+    }
+
+
+def _figure(name: str, load: Load, clients: str, comparisons: list[Comparison]) -> Figure:
+    arms = _arms(load)
+    return Figure(
+        name=name,
+        title=f"{_TITLE}; {clients}",
+        arms=list(arms),
+        metrics=_METRICS,
+        comparisons=comparisons,
+        steps=one_by_one(arms),
+        notes=_NOTE,
+    )
+
+
+_NICENESS = {f"nice {nice}": _server(_MANY, "runner", "--nice", str(nice)) for nice in (0, 5, 10)}
+_POOLS = {"given back": _server(_MANY, "runner"), "kept": _server(_MANY, "runner", "--keep-pool")}
+
+_AGAINST_SCRIPT = Comparison("calls", "runner", "script", at_least=0.95)
+_AGAINST_OTHERS = [
+    Comparison("calls", "runner", "async def"),
+    Comparison("calls", "runner", "executor"),
+]
+_SWITCHES = Comparison("model_switches", "runner", at_most=20)
 
 FIGURES = [
-    Figure(
-        name="digits",
-        title=_TITLE,
-        arms=list(_ARMS),
-        metrics=_METRICS,
-        comparisons=[
-            Comparison("calls", "runner", "script", at_least=0.95),
+    _figure(
+        "digits-1-client",
+        _ONE,
+        "1 client",
+        [
+            _AGAINST_SCRIPT,
             Comparison("calls", "runner", "def", at_least=3),
-            Comparison("calls", "runner", "async def"),
-            Comparison("calls", "runner", "executor"),
-            Comparison("model_switches", "runner", at_most=20),
+            *_AGAINST_OTHERS,
+            _SWITCHES,
+        ],
+    ),
+    _figure(
+        "digits-8-clients",
+        _MANY,
+        "8 clients",
+        [
+            _AGAINST_SCRIPT,
+            Comparison("calls", "runner", "def"),
+            *_AGAINST_OTHERS,
+            _SWITCHES,
             Comparison("health_p99", "runner", at_most=15),
         ],
-        steps=one_by_one(_ARMS),
-        notes=_NOTE,
     ),
     Figure(
         name="main-pool",
-        title=f"{_TITLE};\nthe OpenMP pool of the main thread given back at start, or kept",
+        title=f"{_TITLE}; 8 clients;\nthe main thread's OpenMP pool given back at start, or kept",
         arms=list(_POOLS),
         metrics=_METRICS,
         comparisons=[
             Comparison("calls", "given back", "kept"),
-            Comparison("model_switches", "kept", "given back"),
+            Comparison("model_switches", "kept"),
+            Comparison("model_switches", "given back"),
         ],
         steps=one_by_one(_POOLS),
         rounds=3,
     ),
     Figure(
         name="nice",
-        title=f"{_TITLE};\nthe niceness of the model's threads (NativePolicy.nice)",
+        title=f"{_TITLE}; 8 clients;\nthe niceness of the model's threads (NativePolicy.nice)",
         arms=list(_NICENESS),
         metrics=[*_METRICS, Metric("health_median", "median ms")],
         comparisons=[
