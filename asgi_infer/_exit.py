@@ -18,6 +18,10 @@ GRACE = 1.0
 
 _live: weakref.WeakSet[InferenceThread] = weakref.WeakSet()  # guarded by the GIL
 _forkable: weakref.WeakSet[Any] = weakref.WeakSet()  # guarded by the GIL
+_stopping = threading.Lock()  # held by whoever stops all, so that it is done once
+
+main_thread_id = threading.main_thread().ident
+"""What ``threading.get_ident()`` returns on the main thread."""
 
 
 def stop_at_exit(thread: InferenceThread) -> None:
@@ -34,11 +38,10 @@ def stop_at_exit(thread: InferenceThread) -> None:
 def watch_main_thread() -> None:
     """Stop all runners as soon as the main thread has ended.
 
-    For callers that wait in other threads. The interpreter joins those before it gets to its
-    exit hooks, so one that waits for a call that never returns would keep the process alive.
+    To be called on every other thread that waits for a call. The interpreter joins those before
+    it gets to its exit hooks, so a call that never returns would keep the process alive.
     """
-    if threading.current_thread() is not threading.main_thread():
-        _start_watcher()
+    _start_watcher()
 
 
 def leave_behind_at_fork(runner: Any, reset: Callable[[Any], object]) -> None:
@@ -68,16 +71,21 @@ def _start_watcher() -> None:
 
 
 def _stop_all() -> None:
-    threads = list(_live)
-    for thread in threads:
-        thread.stop_soon()
-    deadline = time.monotonic() + GRACE
-    for thread in threads:
-        if not thread.join(max(0.0, deadline - time.monotonic())):
-            thread.stop_now()
+    with _stopping:
+        threads = list(_live)
+        _live.clear()
+        for thread in threads:
+            thread.stop_soon()
+        deadline = time.monotonic() + GRACE
+        for thread in threads:
+            if not thread.join(max(0.0, deadline - time.monotonic())):
+                thread.stop_now()
 
 
 def _in_child(reset: Callable[[Any], object]) -> None:
+    global _stopping, main_thread_id
+    _stopping = threading.Lock()
+    main_thread_id = threading.get_ident()
     _live.clear()
     _start_watcher.cache_clear()
     for runner in list(_forkable):

@@ -165,7 +165,6 @@ class InferenceRunner(Executor, Generic[ModelT]):
         caller = current_caller.get()
         deadline = self._deadline(None, caller)
         call, scheduler = self._admit((func, args), FUTURE_PORT, future, deadline, 0)
-        _exit.watch_main_thread()
         if caller is not None:
             caller.joined(call, scheduler.disconnect)
             future.add_done_callback(lambda _: caller.left(call))
@@ -379,6 +378,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
             _checks.check_func(work[0])
         if priority != 0:
             _checks.check_priority(priority)
+        if threading.get_ident() != _exit.main_thread_id:
+            _exit.watch_main_thread()
         thread = self._thread or self._launch(again=False)
         if here.current_call is not None and here.current_call == thread.scheduler.current:
             raise ReentrantCall(
@@ -417,12 +418,12 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 ),
                 previous=previous,
             )
-            _exit.stop_at_exit(thread)
             try:
                 thread.start()
             except RuntimeError as error:
                 message = f"no thread for the runner {self._name!r}: {error}"
                 raise NotReady(message, retry_after=retry_after(0.0)) from error
+            _exit.stop_at_exit(thread)
             self._thread = thread
             return thread
 
