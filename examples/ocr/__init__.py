@@ -1,0 +1,1 @@
+"""Upload a photographed page, and read its text: ``python -m examples.ocr``."""
