@@ -26,7 +26,9 @@ PRELUDE = """
 import asyncio, os, signal, sys, threading, time
 import asgi_infer
 from asgi_infer import InferenceRunner, NativePolicy
-say = lambda *words: print(*words, flush=True)
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # whole lines, whoever else writes
 """
 
 
@@ -437,7 +439,6 @@ def in_child(func):
             func()
             status = 0
         finally:
-            sys.stdout.flush()
             os._exit(status)
     say("child:", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
