@@ -36,10 +36,10 @@ def stop_at_exit(thread: InferenceThread) -> None:
 
 
 def watch_main_thread() -> None:
-    """Stop all runners as soon as the main thread has ended.
+    """See to it that no call keeps the process alive once the main thread has ended.
 
     To be called on every other thread that waits for a call. The interpreter joins those before
-    it gets to its exit hooks, so a call that never returns would keep the process alive.
+    it gets to its exit hooks, so one that waits for a call that never returns would hold it up.
     """
     _start_watcher()
 
@@ -65,9 +65,22 @@ def _hook_fork(reset: Callable[[Any], object]) -> None:
 def _start_watcher() -> None:
     def watch() -> None:
         threading.main_thread().join()
-        _stop_all()
+        _send_away_who_waits()
 
     threading.Thread(target=watch, name="asgi_infer-exit", daemon=True).start()
+
+
+def _send_away_who_waits() -> None:
+    """Give what is under way a moment to end, and its callers an error then.
+
+    Not the end of all runners: a program may live on without its main thread, as a server that
+    runs in another one does. Only a runner whose thread is stuck in a call is stopped.
+    """
+    under_way = [(thread, thread.scheduler.under_way()) for thread in list(_live)]
+    time.sleep(GRACE)
+    for thread, calls in under_way:
+        if thread.give_up_on(calls):
+            _live.discard(thread)  # it has had its moment
 
 
 def _stop_all() -> None:

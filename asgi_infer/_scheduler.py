@@ -110,8 +110,7 @@ class Scheduler:
 
     def disconnect(self, call: Call) -> None:
         """The call's client has gone: its caller is woken with ``ClientDisconnected``."""
-        if self.leave(call, Departure.CANCELLED, _client_disconnected):
-            call.port.post(call.waiter)
+        self.send_away([call], _client_disconnected)
 
     # -- for the inference thread --------------------------------------------------------------
 
@@ -178,6 +177,12 @@ class Scheduler:
         with self._lock:
             self._refusal = refusal
 
+    def send_away(self, calls: Iterable[Call], error: ErrorOf) -> None:
+        """Cancel those of ``calls`` that have not ended; each caller gets an error of its own."""
+        for call in calls:
+            if self.leave(call, Departure.CANCELLED, error):
+                call.port.post(call.waiter)
+
     def drop_queued(self, error: ErrorOf) -> None:
         """Cancel everything that waits; each caller gets an error of its own."""
         with self._lock:
@@ -191,8 +196,7 @@ class Scheduler:
         with self._lock:
             call = self._running
             name = None if call is None else _name(call)
-        if call is not None and self.leave(call, Departure.CANCELLED, error):
-            call.port.post(call.waiter)
+        self.send_away([] if call is None else [call], error)
         return name
 
     def stop(self) -> None:
@@ -216,8 +220,13 @@ class Scheduler:
         with self._lock:
             return list(self._queue)
 
+    def under_way(self) -> list[Call]:
+        """What runs and waits."""
+        with self._lock:
+            return self.orphans()
+
     def orphans(self) -> list[Call]:
-        """What waits and runs, read without the lock: a forked child may never get that."""
+        """The same, read without the lock: a forked child may never get that."""
         calls = list(self._queue)
         return calls if self._running is None else [self._running, *calls]
 

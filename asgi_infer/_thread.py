@@ -104,6 +104,18 @@ class InferenceThread:
         if name is not None:
             logger.warning("the runner %r stopped while %s was running", self._spec.name, name)
 
+    def give_up_on(self, calls: list[Call]) -> bool:
+        """Send the callers of ``calls`` away; if the thread is stuck in one of them, stop.
+
+        :returns: whether it is
+        """
+        stuck = self.scheduler.current() in calls
+        if stuck:
+            self.stop_now()
+        else:
+            self.scheduler.send_away(calls, stopped)
+        return stuck
+
     def leave_behind(self) -> None:
         """In a forked child, where this thread does not exist: let nobody wait for it."""
         # Its native threads did not come along: a destructor that joins them would hang.

@@ -379,28 +379,67 @@ def test_thread_that_could_not_start(live: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_watcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A caller in another thread starts one watcher, which stops all when the main thread ends."""
+    """A caller in another thread starts one watcher, which acts when the main thread ends."""
     release = threading.Event()
     main = threading.Thread(target=release.wait, args=(LIMIT,))
-    stops: list[bool] = []
-    stopped = threading.Event()
+    acts: list[bool] = []
+    acted = threading.Event()
 
-    def stop_all() -> None:
-        stops.append(release.is_set())
-        stopped.set()
+    def act() -> None:
+        acts.append(release.is_set())
+        acted.set()
 
     monkeypatch.setattr(threading, "main_thread", lambda: main)
-    monkeypatch.setattr(_exit, "_stop_all", stop_all)
+    monkeypatch.setattr(_exit, "_send_away_who_waits", act)
     main.start()
     _exit._start_watcher.cache_clear()
     with InferenceRunner[None]() as runner:
         for _ in range(2):
             on_new_thread(lambda: runner.submit(abs, -3))
     release.set()
-    assert stopped.wait(LIMIT)
+    assert acted.wait(LIMIT)
     _exit._start_watcher.cache_clear()
     main.join()
-    assert stops == [True]
+    assert acts == [True]
+
+
+def test_send_away_who_waits(live: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the main thread's end a stuck runner is stopped; another one goes on."""
+    stuck = InferenceRunner[None](name="stuck")
+    loading = InferenceRunner(lambda: gate("model"), name="loading")
+    running = stuck.submit(gate, -3)
+    gate.wait_entered()
+    waiting = [stuck.submit(abs, -3), loading.submit(abs, -3)]
+    assert len(live) == 2
+    monkeypatch.setattr(_exit, "GRACE", 0.0)
+    _exit._send_away_who_waits()
+    for future in (running, *waiting):
+        assert isinstance(future.exception(LIMIT), Draining)
+    with pytest.raises(Draining):
+        stuck.submit(abs, -3)
+    gate.release.set()
+    assert loading.submit(abs, -3).result(LIMIT) == 3
+    stuck.shutdown()
+    loading.shutdown()
+
+
+def test_server_in_a_thread_outlives_the_main_thread() -> None:
+    """A program that goes on in another thread keeps its runner, with or without an event loop."""
+    ended = run("""
+        runner = InferenceRunner()
+        runner.submit(abs, -1).result()
+        def serve():
+            main.join()
+            time.sleep(1.5)  # longer than callers get when a program ends
+            say(runner.submit(abs, -2).result())
+            say(asyncio.run(runner.run(abs, -3)))
+        main = threading.main_thread()
+        threading.Thread(target=serve).start()
+        say("end")
+        """)
+    assert ended.status == 0
+    assert ended.stdout == "end\n2\n3\n"
+    assert ended.stderr == ""
 
 
 def test_no_watcher_for_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
