@@ -37,7 +37,7 @@ class _AnnouncingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
+        if self.started and not self.should_exit:
             # Asked of the socket: port 0 has become a real one.
             port = self.servers[0].sockets[0].getsockname()[1]
             address = f"http://{_reachable(self.config.host)}:{port}"
