@@ -1,0 +1,179 @@
+"""What type checkers make of the public face. Checked by mypy and pyright, never run.
+
+A line that must be refused carries an ignore, and both checkers complain of one in vain.
+"""
+
+# pyright: reportUnnecessaryTypeIgnoreComment=true
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, assert_type
+
+import numpy as np
+from fastapi import FastAPI
+from numpy.typing import NDArray
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection
+
+from asgi_infer import (
+    DeadlineExceeded,
+    InferenceMiddleware,
+    InferenceRunner,
+    NativePolicy,
+    RunnerStatistics,
+    ThreadWorker,
+    check_cancelled,
+    runner_from,
+)
+from asgi_infer.fastapi import RunnerDep, get_runner, named
+from asgi_infer.workers._protocol import ModelSpec, OpenWorker, Worker
+
+Image = NDArray[np.float32]
+
+
+class Digits:
+    """A model."""
+
+    classes: tuple[str, ...] = ()
+
+    def predict(self, image: Image, top: int = 1) -> list[int]:
+        """Returns what run() must return."""
+        raise NotImplementedError
+
+
+def load() -> Digits:
+    """A loader that is a function."""
+    return Digits()
+
+
+def area(width: int, height: int) -> float:
+    """A function that is not the model's."""
+    raise NotImplementedError
+
+
+def making() -> None:
+    """A runner has the type of its model, however that is made."""
+    assert_type(InferenceRunner(Digits), InferenceRunner[Digits])
+    assert_type(InferenceRunner(load), InferenceRunner[Digits])
+    assert_type(InferenceRunner(partial(Digits)), InferenceRunner[Digits])
+    assert_type(InferenceRunner[None](), InferenceRunner[None])
+    InferenceRunner(
+        Digits,
+        warmup=lambda model: model.predict(np.zeros((8, 8), np.float32)),
+        name="digits",
+        max_queue=1,
+        timeout=2.0,
+        native=NativePolicy(threads=2, cpus={0, 1}, nice=0, contexts=(nullcontext,)),
+        worker=ThreadWorker(),
+    )
+    InferenceRunner(Digits())  # type: ignore[arg-type]
+    InferenceRunner(Digits, warmup=lambda model: model.train())  # type: ignore[attr-defined]
+
+
+async def running(runner: InferenceRunner[Digits], image: Image) -> None:
+    """run() takes the function's arguments and returns what it returns."""
+    assert_type(runner.model, Digits)
+    assert_type(await runner.run(runner.model.predict, image, 3), list[int])
+    assert_type(await runner.run(area, 3, 4), float)
+    assert_type(await runner.run(partial(runner.model.predict, image, top=3)), list[int])
+    assert_type(await runner.run(lambda model: model.classes, runner.model), tuple[str, ...])
+    assert_type(await runner.run(area, 3, 4, timeout=1.5, priority=-1), float)
+    await runner.run(area, 3)  # type: ignore[arg-type]
+    await runner.run(area, 3, "4")  # type: ignore[arg-type]
+    await runner.run(area(3, 4))  # type: ignore[arg-type]
+    await runner.run(area, 3, 4, timeout="soon")  # type: ignore[arg-type]
+
+
+def submitting(runner: InferenceRunner[Digits], image: Image) -> None:
+    """submit() gives a future of the result; the runner is an executor."""
+    assert_type(runner.submit(runner.model.predict, image, top=3), Future[list[int]])
+    assert_type(runner.submit(area, 3, height=4).result(), float)
+    assert_type(runner.map(area, [1, 2], [3, 4]), Iterator[float])
+    runner.submit(area, 3)  # type: ignore[call-arg]
+    runner.submit(area, 3, depth=4)  # type: ignore[call-arg]
+    executor: Executor = runner
+    executor.shutdown(wait=False, cancel_futures=True)
+
+
+async def in_executor(runner: InferenceRunner[Digits]) -> None:
+    """The standard library takes it for one."""
+    loop = asyncio.get_running_loop()
+    assert_type(await loop.run_in_executor(runner, area, 3, 4), float)
+
+
+async def wrapping(runner: InferenceRunner[Digits], image: Image) -> None:
+    """wrap() keeps the signature and makes it async."""
+    wrapped = runner.wrap(area)
+    same: Callable[[int, int], Coroutine[Any, Any, float]] = wrapped
+    assert_type(await same(3, 4), float)
+    assert_type(await wrapped(3, height=4), float)
+    assert_type(await runner.wrap(runner.model.predict, timeout=1.0)(image, top=3), list[int])
+    await wrapped(3)  # type: ignore[call-arg]
+    await wrapped(3, depth=4)  # type: ignore[call-arg]
+
+    @runner.wrap
+    def double(number: int) -> int:
+        return 2 * number
+
+    assert_type(await double(3), int)
+
+
+async def living(runner: InferenceRunner[Digits]) -> None:
+    """Lifecycle and statistics."""
+    async with runner as same:
+        assert_type(same, InferenceRunner[Digits])
+    async with runner.opened(startup_timeout=60.0, grace=1.0) as same:
+        assert_type(same, InferenceRunner[Digits])
+    with runner as same:
+        assert_type(same, InferenceRunner[Digits])
+    await runner.start(timeout=60.0)
+    await runner.wait_idle()
+    await runner.aclose(grace=1.0)
+    statistics = runner.statistics()
+    assert_type(statistics, RunnerStatistics)
+    assert_type(statistics.queued, int)
+    statistics.queued = 0  # type: ignore[misc]
+    runner.model = Digits()  # type: ignore[misc]
+
+
+def mounting(runner: InferenceRunner[Digits], connection: HTTPConnection) -> None:
+    """In applications."""
+    FastAPI(lifespan=runner.lifespan)
+    Starlette(lifespan=runner.lifespan)
+    FastAPI().add_middleware(InferenceMiddleware, runner=runner, grace=1.0)
+    Starlette(middleware=[Middleware(InferenceMiddleware, runner=[runner])])
+    assert_type(runner_from(connection), InferenceRunner[Any])
+    assert_type(runner_from(connection, "digits"), InferenceRunner[Any])
+    app = FastAPI()
+    app.dependency_overrides[get_runner] = lambda: runner
+    app.dependency_overrides[named("digits")] = lambda: runner
+
+    @app.get("/")
+    async def endpoint(runner: RunnerDep) -> float:
+        return await runner.run(area, 3, 4)
+
+
+def failing(error: DeadlineExceeded) -> None:
+    """Errors are those of the standard library as well."""
+    timeout: TimeoutError = error
+    assert_type(error.started, bool)
+    assert_type(error.retry_after, float | None)
+    raise timeout
+
+
+def inside() -> None:
+    """Inside a function."""
+    assert_type(check_cancelled(), None)
+
+
+def working(spec: ModelSpec) -> None:
+    """Workers are anything that keeps to the protocol."""
+    worker: Worker = ThreadWorker()
+    opened: OpenWorker = worker.open(spec)
+    opened.close()
