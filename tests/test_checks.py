@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from asgi_infer._checks import (
     check_func,
+    check_grace,
     check_load,
     check_max_queue,
     check_name,
@@ -186,6 +187,26 @@ def test_seconds_never_lets_nonsense_through(value: float) -> None:
         assert not 0 < value <= threading.TIMEOUT_MAX
     else:
         assert 0 < seconds <= threading.TIMEOUT_MAX
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        *((2, 2.0), (np.float32(0.5), 0.5), (0, 0.0), (-1, 0.0), (-math.inf, 0.0)),
+        *((-(10**400), 0.0), (math.inf, threading.TIMEOUT_MAX), (10**400, threading.TIMEOUT_MAX)),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_grace_accepts_numbers(value: Any, seconds: float) -> None:
+    """Any number is a grace: less than nothing is nothing, and for ever is very long."""
+    assert check_grace(value) == seconds
+
+
+@pytest.mark.parametrize("value", [math.nan, None, "1", 1j, [1]])
+def test_grace_refuses_all_else(value: Any) -> None:
+    """What is no number is refused before anything is stopped."""
+    with pytest.raises(ValueError, match="grace must be a number of seconds"):
+        check_grace(value)
 
 
 @pytest.mark.parametrize("value", [0, -5, 10**30, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import NoReturn
 
 import pytest
 from starlette.exceptions import HTTPException
@@ -18,6 +19,7 @@ from asgi_infer._errors import (
     NotReady,
     QueueFull,
     ReentrantCall,
+    describe,
 )
 
 SECRET = "float32[1, 784] at row 17"
@@ -90,6 +92,25 @@ def test_call_cancelled_passes_except_exception() -> None:
     """A model's ``except Exception`` doesn't swallow a cancellation."""
     assert issubclass(CallCancelled, BaseException)
     assert not issubclass(CallCancelled, Exception)
+
+
+class Unprintable(Exception):
+    def __str__(self) -> NoReturn:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (LookupError("gone"), "LookupError: gone"),
+        (NotReady("no model"), "NotReady: no model"),
+        (Unprintable("gone"), "Unprintable"),
+    ],
+    ids=["usual", "own", "unprintable"],
+)
+def test_describe(error: Exception, text: str) -> None:
+    """Any error can be described in a message, even one that can't be printed."""
+    assert describe(error) == text
 
 
 def test_tree_in_docstring() -> None:

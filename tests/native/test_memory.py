@@ -48,6 +48,20 @@ def test_no_page_faults_any_more() -> None:
     assert float(retained) < 20
 
 
+def test_options(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What is set are the thresholds beyond which glibc gives memory back; nothing is logged."""
+    options: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        options[option] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert memory.retain_memory()
+    assert options.keys() == {-1, -2, -3}  # trim threshold, top pad, mmap threshold
+    assert caplog.records == []
+
+
 def refuse(option: int, value: int) -> int:
     del option, value
     return 0
