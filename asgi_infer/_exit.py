@@ -78,9 +78,10 @@ def _send_away_who_waits() -> None:
     """
     under_way = [(thread, thread.scheduler.under_way()) for thread in list(_live)]
     time.sleep(GRACE)
-    for thread, calls in under_way:
-        if thread.give_up_on(calls):
-            _live.discard(thread)  # it has had its moment
+    with _stopping:  # those sent away may let the interpreter get to its exit hooks, here and now
+        for thread, calls in under_way:
+            if thread.give_up_on(calls):
+                _live.discard(thread)  # it has had its moment
 
 
 def _stop_all() -> None:
