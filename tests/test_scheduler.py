@@ -150,6 +150,32 @@ def test_arguments_are_let_go(desk: Desk) -> None:
         assert call.work is None
 
 
+def test_end_claims_the_next(desk: Desk) -> None:
+    """The end of one call is the beginning of the next, if one is waiting."""
+    first, second = desk.admit("first"), desk.admit("second")
+    desk.take()
+    assert desk.scheduler.finish(first, None, None) is second
+    assert desk.scheduler.current() is second
+    desk.books(submitted=2, completed=1, running=1)
+    assert desk.scheduler.finish(second, None, None) is None
+    assert desk.port.posted == ["first", "second"]
+    desk.books(submitted=2, completed=2)
+
+
+def test_end_claims_no_late_call(desk: Desk, clock: Clock) -> None:
+    """A call that expires in the tick in which the one before ends is dropped, not begun."""
+    first = desk.admit("first")
+    late, patient = desk.admit("late", deadline=clock.now + 1), desk.admit("patient")
+    desk.take()
+    clock.now += 1
+    assert desk.scheduler.finish(first, None, None) is None
+    assert desk.port.posted == ["first", "late"]
+    with pytest.raises(DeadlineExceeded, match="it never ran"):
+        late.outcome()
+    assert desk.take() is patient
+    desk.books(submitted=3, completed=1, expired=1, running=1)
+
+
 # -- refusals ----------------------------------------------------------------------------------
 
 
@@ -507,7 +533,8 @@ def served() -> Iterator[Desk]:
 
     def serve() -> None:
         while (call := desk.scheduler.take()) is not None:
-            desk.scheduler.finish(call, call.waiter, None)
+            while call is not None:
+                call = desk.scheduler.finish(call, call.waiter, None)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -635,7 +662,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(error=st.sampled_from([None, LookupError("gone")]))
     def finish(self, error: Exception | None) -> None:
         (call,) = self.running()
-        self.scheduler.finish(call, "result", error)
+        following = self.scheduler.finish(call, "result", error)
+        assert self.running() == ([] if following is None else [following])
 
     @precondition(lambda self: self.calls)
     @rule(data=st.data(), how=st.sampled_from(["leave", "expire", "withdraw", "disconnect"]))
