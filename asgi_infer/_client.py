@@ -2,14 +2,15 @@
 
 Guarantees
     * The server's ``receive`` has one reader at a time.
-    * The application gets every message, in order. At most one is read ahead of it, and a
-      disconnect stays: every later ``receive`` returns it again.
+    * The application gets every message, in order. Of its data at most one message is read
+      ahead, and a disconnect stays: every later ``receive`` returns it again.
     * Nothing is read ahead unless a call waits or runs.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -24,6 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _TRY_AGAIN_LATER, _INTERNAL_ERROR = 1013, 1011  # the close codes of WebSockets
+_DISCONNECTS = frozenset({"http.disconnect", "websocket.disconnect"})
 _COMPLETE = frozenset({"http.response.pathsend", "websocket.close"})
 
 
@@ -59,7 +61,7 @@ class Client:
         self._denied = False  # an accepted WebSocket that was answered with a response
         self._finished = False  # nothing that happens to the client matters any more
         self._gone = False
-        self._ahead: Message | None = None
+        self._ahead: deque[Message] = deque()  # read, and not yet handed to the application
         self._failure: Exception | None = None  # what reading ahead raised
         self._reading = False
         self._turns: list[Waiter] = []  # those who wait for the reader to be done
@@ -90,17 +92,18 @@ class Client:
 
     async def receive(self) -> Message:
         """The application's ``receive``."""
-        while self._reading:
+        while self._reading and not self._ahead:
             turn = self._port.waiter()
             self._turns.append(turn)
             await turn
-        if self._failure is not None:
+        if self._ahead:
+            message = self._ahead[0]
+            if message["type"] not in _DISCONNECTS:
+                self._ahead.popleft()
+        elif self._failure is not None:
             raise self._failure
-        message = self._ahead
-        if message is None:
+        else:
             message = await self._read()
-        elif not self._gone:
-            self._ahead = None
         self._watch()
         return message
 
@@ -160,33 +163,47 @@ class Client:
         return message
 
     def _watch(self) -> None:
-        """Read ahead, if a call waits, nobody reads, and nothing has been read ahead."""
+        """Read ahead, if a call waits, nobody reads, and it is not data that would pile up."""
         if self._gone:
             self._drop_all()
-        elif self._calls and not self._reading and self._ahead is None and not self._failure:
+        elif self._calls and not self._reading and not self._failure and self._room_ahead:
             self._reading = True
             self._stop_reading = self._port.spawn(self._read_ahead)
 
     async def _read_ahead(self) -> None:
         try:
-            message = await self._receive()
+            while self._room_ahead:
+                message = await self._receive()
+                self._look_at(message)
+                if not self._gone:
+                    self._ahead.append(message)
+                self._next_turn()
         except Exception as error:
             self._failure = error
-        else:
-            self._ahead = message
-            self._look_at(message)
         finally:
             self._stop_reading = None
             self._done_reading()
 
+    @property
+    def _room_ahead(self) -> bool:
+        """Whether nothing but a disconnect can follow on what has been read ahead."""
+        if not self._ahead:
+            return True
+        last = self._ahead[-1]
+        end_of_body = last["type"] == "http.request" and not last.get("more_body")
+        return end_of_body or last["type"] == "websocket.connect"
+
     def _look_at(self, message: Message) -> None:
-        if message["type"] in ("http.disconnect", "websocket.disconnect"):
+        if message["type"] in _DISCONNECTS:
             self._gone = True
-            self._ahead = message
+            self._ahead.append(message)
             self._drop_all()
 
     def _done_reading(self) -> None:
         self._reading = False
+        self._next_turn()
+
+    def _next_turn(self) -> None:
         turns, self._turns = self._turns, []
         for turn in turns:
             self._port.post(turn)

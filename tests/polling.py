@@ -20,13 +20,13 @@ async def until(condition: Callable[[], bool]) -> None:
             await anyio.sleep(STEP)  # there is no event for it
 
 
-def until_true(condition: Callable[[], bool], limit: float = LIMIT) -> None:
+def until_true(condition: Callable[[], bool], limit: float = LIMIT, step: float = STEP) -> None:
     """Block until ``condition`` holds."""
     end = time.monotonic() + limit
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError("it never came true")
-        time.sleep(STEP)
+        time.sleep(step)
 
 
 async def some_turns() -> None:

@@ -63,12 +63,24 @@ async def hold(runner: InferenceRunner[Any], gate: Gate) -> None:
 # -- the client goes away ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["http", "websocket"])
-async def test_gone_while_waiting(runner: InferenceRunner[None], gate: Gate, kind: str) -> None:
-    """A call whose client hangs up while it waits never runs."""
+UNREAD = {
+    "nothing": ("http", []),
+    "no body": ("http", [request(b"")]),
+    "a body": ("http", [request(b"a")]),
+    "no WebSocket message": ("websocket", []),
+    "the WebSocket's first": ("websocket", [{"type": "websocket.connect"}]),
+}
+
+
+@pytest.mark.parametrize(("kind", "unread"), UNREAD.values(), ids=UNREAD)
+async def test_gone_while_waiting(
+    runner: InferenceRunner[None], gate: Gate, kind: str, unread: list[Message]
+) -> None:
+    """A call whose client hangs up while it waits never runs, whatever has not been read yet."""
     ran: list[int] = []
     await hold(runner, gate)
     connection = Connection(kind)
+    connection.feed(*unread)
     async with anyio.create_task_group() as group:
         group.start_soon(connection.serve, behind(calling(runner, lambda: ran.append(1)), runner))
         await until(lambda: runner.statistics().queued == 1)
@@ -261,6 +273,68 @@ async def test_body_in_many_chunks(runner: InferenceRunner[None], gate: Gate) ->
     assert [message["body"] for message in got] == chunks
     assert [message["more_body"] for message in got] == [True] * 29 + [False]
     assert connection.status == 200
+
+
+async def test_what_is_read_ahead_arrives_in_order(
+    runner: InferenceRunner[None], gate: Gate
+) -> None:
+    """The end of the body and the disconnect behind it are both read ahead, and both arrive."""
+    got: list[str] = []
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        with pytest.raises(ClientDisconnected):
+            await runner.run(gate, 1)
+        got.extend([(await receive())["type"] for _ in range(3)])
+
+    connection = Connection()
+    connection.body(b"a")
+    connection.hang_up()
+    with anyio.fail_after(LIMIT):
+        await connection.serve(behind(app, runner))
+    assert got == ["http.request", "http.disconnect", "http.disconnect"]
+
+
+async def test_the_end_of_the_body_is_there_while_the_reader_reads_on(
+    runner: InferenceRunner[None], gate: Gate
+) -> None:
+    """Waiting for a disconnect behind the body does not hold back the body."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(quietly, runner.run, gate, 1)
+            await until(lambda: connection.taken == 1 and connection.readers == 1)
+            assert (await receive())["body"] == b"a"
+            group.start_soon(listen, receive)
+            await some_turns()
+            connection.hang_up()
+
+    async def listen(receive: Receive) -> None:
+        assert (await receive())["type"] == "http.disconnect"
+
+    connection = Connection()
+    connection.body(b"a")
+    with anyio.fail_after(LIMIT):
+        await connection.serve(behind(app, runner))
+
+
+async def test_failure_behind_the_body(runner: InferenceRunner[None], gate: Gate) -> None:
+    """What was read before ``receive`` failed arrives before the failure does."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(runner.run, gate, 1)
+            await until(lambda: connection.taken == 1 and connection.readers == 1)
+            connection.fail(OSError("reset"))
+            await until(lambda: connection.readers == 0)
+            assert (await receive())["body"] == b"a"
+            with pytest.raises(OSError, match="reset"):
+                await receive()
+            gate.release.set()
+
+    connection = Connection()
+    connection.body(b"a")
+    with anyio.fail_after(LIMIT):
+        await connection.serve(behind(app, runner))
 
 
 async def test_websocket_messages_while_calls_run(runner: InferenceRunner[None]) -> None:
