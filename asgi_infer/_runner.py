@@ -381,7 +381,9 @@ class InferenceRunner(Executor, Generic[ModelT]):
         if threading.get_ident() != _exit.main_thread_id:
             _exit.watch_main_thread()
         thread = self._thread or self._launch(again=False)
-        if here.current_call is not None and here.current_call == thread.scheduler.current:
+        current = here.current_call
+        # Also from a thread that has been stopped and still runs: the next one waits for its end.
+        if current is not None and any(current == each.current for each in thread.schedulers):
             raise ReentrantCall(
                 f"a call on the runner {self._name!r} calls the same runner and would wait for "
                 f"itself: call the function directly instead"

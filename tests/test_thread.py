@@ -16,7 +16,15 @@ from typing import Any, NoReturn
 import pytest
 import trio
 
-from asgi_infer import CallFailed, Draining, NativePolicy, NotReady, check_cancelled
+from asgi_infer import (
+    CallFailed,
+    Draining,
+    InferenceRunner,
+    NativePolicy,
+    NotReady,
+    ReentrantCall,
+    check_cancelled,
+)
 from asgi_infer._call import Call, Departure
 from asgi_infer._errors import CallCancelled, DeadlineExceeded
 from asgi_infer._future import FUTURE_PORT, CallFuture
@@ -450,6 +458,27 @@ def test_never_two_at_once(started: Bench, gate: Gate) -> None:
     assert started.worker.notes[-1] == "close"
     assert following.thread.schedulers == [following.scheduler]
     following.stop()
+
+
+def test_reentry_from_a_thread_that_ends(gate: Gate) -> None:
+    """A call that outlives its runner's restart can't wait for the thread that waits for it."""
+    runner = InferenceRunner[None]()
+
+    def call_again() -> str:
+        gate(None)
+        return str(runner.submit(abs, -3).exception())
+
+    future = runner.submit(call_again)
+    gate.wait_entered()
+    runner.shutdown(wait=False)
+    first = runner._thread
+    second = runner._launch(again=True)
+    assert second is not first
+    gate.release.set()
+    with pytest.raises(ReentrantCall):
+        future.result(LIMIT)
+    assert runner.submit(abs, -3).result(LIMIT) == 3
+    runner.shutdown()
 
 
 # -- references --------------------------------------------------------------------------------
