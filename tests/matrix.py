@@ -1,6 +1,6 @@
 """The test suite on every Python at hand, and on the oldest with the lowest dependencies.
 
-Not a test: ``make test-matrix`` runs it. An interpreter that is not on this machine is skipped, and
+Not a test: ``make test-matrix`` runs it. One that is not on this machine is skipped, and
 said to be.
 """
 
