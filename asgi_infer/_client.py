@@ -118,17 +118,17 @@ class Client:
         elif self._started and kind.startswith("websocket.http.response"):
             await self._close_instead(message)
             return
-        await self._send(message)
         if kind in _COMPLETE or (kind.endswith("response.body") and not message.get("more_body")):
-            # From here on servers report a disconnect because the response is complete.
+            # Before it is sent: servers report a disconnect as soon as the response is complete.
             self.finish()
+        await self._send(message)
 
     async def answer(self, error: InferenceError) -> bool:
         """Answer with ``error`` if that is still possible; return whether it was.
 
         For errors that no exception handler of the application has seen.
         """
-        if isinstance(error, ClientDisconnected):
+        if isinstance(error, ClientDisconnected) or self._gone:
             return True  # nobody is there
         if self._scope["type"] == "websocket":
             await self._deny(error)

@@ -19,6 +19,7 @@ from asgi_infer import (
     DeadlineExceeded,
     InferenceMiddleware,
     InferenceRunner,
+    NotReady,
     QueueFull,
     check_cancelled,
 )
@@ -576,6 +577,35 @@ async def test_background_calls(runner: InferenceRunner[None], gate: Gate, ended
     assert runner.statistics().cancelled == 0
 
 
+class Hasty(Connection):
+    """A server that reports a disconnect before it is done with sending the response."""
+
+    async def send(self, message: Message) -> None:
+        await super().send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.hang_up()
+            await some_turns()
+
+
+async def test_disconnect_with_the_end_of_the_response(
+    runner: InferenceRunner[None], gate: Gate
+) -> None:
+    """A disconnect that means that the response is complete drops no call."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        futures.append(runner.submit(gate, 1))
+        futures.append(runner.submit(abs, -2))
+        await gate.entered_async()
+        await until(lambda: connection.readers == 1)
+        await respond(send)
+        gate.release.set()
+
+    futures: list[Any] = []
+    connection = Hasty()
+    await connection.serve(behind(app, runner))
+    assert [future.result(LIMIT) for future in futures] == [1, 2]
+
+
 async def test_streamed_response(runner: InferenceRunner[None], gate: Gate) -> None:
     """Between the first and the last part of a response, clients are still watched."""
 
@@ -822,6 +852,20 @@ async def test_nothing_is_sent_to_who_has_gone(runner: InferenceRunner[None], ga
     with anyio.fail_after(LIMIT):
         await connection.serve(behind(app, runner))
     assert connection.kinds == ["websocket.accept"]
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_no_answer_to_who_has_gone(runner: InferenceRunner[None], kind: str) -> None:
+    """An unhandled error of any kind is not sent to a client that is known to have gone."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        await receive()
+        raise NotReady("no runner")
+
+    connection = Connection(kind)
+    connection.hang_up()
+    await connection.serve(behind(app, runner))
+    assert connection.sent == []
 
 
 async def test_partial_is_a_function(runner: InferenceRunner[None]) -> None:
