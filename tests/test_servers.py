@@ -31,8 +31,8 @@ LIMIT = 20.0
 """Seconds after which what should happen at once, in a process that starts, counts as hung."""
 
 OPTIONS = {
-    "uvicorn": "--timeout-graceful-shutdown 2",
-    "hypercorn": "--graceful-timeout 2 --backlog 1000",
+    "uvicorn": "--timeout-graceful-shutdown 1",
+    "hypercorn": "--graceful-timeout 1 --backlog 1000",
 }
 COMMANDS = {
     "uvicorn": "uvicorn {app} --port {port} --loop asyncio {uvicorn}",
@@ -297,7 +297,7 @@ def test_sigterm_with_work_queued(start: Callable[..., Server], kind: str) -> No
     """On SIGTERM, accepted work finishes and is answered, and then the process ends."""
     server = start(kind).wait_ready()
     with ThreadPoolExecutor(5) as clients:
-        answers = [clients.submit(server.get, "/sleep?seconds=0.2") for _ in range(4)]
+        answers = [clients.submit(server.get, "/sleep?seconds=0.15") for _ in range(4)]
         server.until(lambda now: now["queued"] == 3)
         server.terminate()
         assert [answer.result(LIMIT).status for answer in answers] == [200] * 4
