@@ -653,6 +653,32 @@ def test_child_that_forgets() -> None:
 
 
 @forks
+def test_callers_in_threads_of_the_child() -> None:
+    """A child sends away its own callers in threads, though the parent had seen to that before."""
+    ended = run("""
+        runner = InferenceRunner()
+        thread = threading.Thread(target=lambda: runner.submit(abs, -3).result())
+        thread.start()
+        thread.join()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(8)
+            entered = threading.Event()
+            def block():
+                entered.set()
+                time.sleep(3600)
+            def wait():
+                say(type(runner.submit(block).exception()).__name__)
+            threading.Thread(target=wait).start()
+            entered.wait()
+            sys.exit()
+        say("child:", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        say("end")
+    """)
+    assert (ended.status, ended.stdout) == (0, "Draining\nchild: 0\nend\n")
+
+
+@forks
 def test_multiprocessing() -> None:
     """Processes of multiprocessing, forked after the runner's start, use it and end."""
     said = run_fork("""

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import gc
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -528,12 +529,18 @@ def test_idle_thread_keeps_nothing_alive(started: Bench, outcome: str) -> None:
 
 
 def test_leave_behind(started: Bench, gate: Gate) -> None:
-    """In a child, whoever waits for a future gets an error; what awaits is a loop's, not there."""
+    """In a child, whoever waits for a future gets an error; what awaits is a loop's, not there.
+
+    The parent's worker is never destroyed there.
+    """
     running, waiting = started.submit(gate, 1), started.submit(abs, -2)
     gate.wait_entered()
     port = RecordingPort()
     started.scheduler.admit(make_call(port=port, waiter="awaited"))
+    references = [sys.getrefcount(started.worker)]
     started.thread.leave_behind()
+    references.append(sys.getrefcount(started.worker))
+    assert references[1] == references[0] + 1
     for future in (running, waiting):
         assert "belongs to the parent process" in str(future.exception(0))
     assert port.posted == []
