@@ -26,6 +26,7 @@ from asgi_infer import (
     InferenceMiddleware,
     InferenceRunner,
     QueueFull,
+    _runner,
     _scheduler,
     check_cancelled,
 )
@@ -37,13 +38,15 @@ from .polling import until, until_true
 
 on_every_loop = pytest.mark.anyio
 
-MakeGate = Callable[[], Gate]
+SOON = 0.2
+"""Seconds in which a call is sure to have started, and to be over if it is held open."""
 
 
 @pytest.fixture
 def runner() -> Iterator[InferenceRunner[None]]:
-    """A runner with room for two, which is stopped in the end."""
+    """A runner with room for two, started, and stopped in the end."""
     with InferenceRunner[None](max_queue=2) as runner:
+        anyio.run(runner.start)
         yield runner
 
 
@@ -165,11 +168,17 @@ class Clock:
         return self.now
 
 
-def test_deadline_in_the_tick_of_the_turn(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
-    """A call whose turn comes in the very tick of its deadline is too late, and never runs."""
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the runners made here."""
     clock = Clock()
-    monkeypatch.setattr(_scheduler, "time", clock)
-    monkeypatch.setattr("asgi_infer._runner.time", clock)
+    for module in (_runner, _scheduler):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_deadline_in_the_tick_of_the_turn(clock: Clock, gate: Gate) -> None:
+    """A call whose turn comes in the very tick of its deadline is too late, and never runs."""
     ran: list[str] = []
     with InferenceRunner[None](timeout=5.0) as runner:
         runner.submit(gate, 1)
@@ -191,19 +200,29 @@ def test_deadline_in_the_tick_of_the_turn(monkeypatch: pytest.MonkeyPatch, gate:
 
 
 @on_every_loop
-async def test_too_little_time_on_arrival(runner: InferenceRunner[None], gate: Gate) -> None:
+async def test_too_little_time_on_arrival(
+    runner: InferenceRunner[None], clock: Clock, make_gate: Callable[[], Gate]
+) -> None:
     """Less time than the predicted wait: ``DeadlineExceeded`` at once, and not even queued."""
-    runner.submit(threading.Event().wait, 0.2).result()  # a call takes a fifth of a second
-    await hold(runner, gate)
-    await until(lambda: runner.statistics().running == 1)
+    first, second = make_gate(), make_gate()
+    await hold(runner, first)
+    clock.now += 10.0  # what a call takes, from now on
+    first.release.set()
+    await runner.wait_idle()
+    await hold(runner, second)
+    clock.now += 4.0
     with pytest.raises(DeadlineExceeded) as caught:
-        await runner.run(abs, -1, timeout=0.01)
+        await runner.run(abs, -1, timeout=5.9)
     assert caught.value.started is False
-    assert 1 <= (caught.value.retry_after or 0) <= 60
+    assert 0.8 * 6.0 <= (caught.value.retry_after or 0) <= 1.2 * 6.0
     assert caught.value.headers is not None
     now = runner.statistics()
     assert (now.queued, now.rejected, now.expired) == (0, 1, 0)
-    assert "was not queued" in str(caught.value)
+    assert "has 5.9 s and would wait about 6 s; it was not queued" in str(caught.value)
+    accepted = runner.submit(abs, -2)
+    second.release.set()
+    await until(accepted.done)
+    assert accepted.result() == 2
 
 
 # -- running -----------------------------------------------------------------------------------
@@ -246,7 +265,7 @@ async def test_running_past_its_deadline(runner: InferenceRunner[None], gate: Ga
     """A deadline that passes while the call runs: ``started=True``; the call as above."""
     call = LongCall(gate)
     with pytest.raises(DeadlineExceeded) as caught:
-        await runner.run(call, timeout=0.05)
+        await runner.run(call, timeout=SOON)
     assert caught.value.started is True
     assert caught.value.retry_after is None
     await assert_held(runner, gate)
@@ -258,7 +277,7 @@ async def test_running_past_its_deadline(runner: InferenceRunner[None], gate: Ga
 async def test_result_after_the_deadline(runner: InferenceRunner[None], gate: Gate) -> None:
     """What a call returns after its caller has left is thrown away, and counted once."""
     with pytest.raises(DeadlineExceeded):
-        await runner.run(gate, 1, timeout=0.05)
+        await runner.run(gate, 1, timeout=SOON)
     gate.release.set()
     await runner.wait_idle()
     now = runner.statistics()
@@ -274,7 +293,7 @@ async def test_error_after_the_deadline(runner: InferenceRunner[None], gate: Gat
         raise ValueError("too late")
 
     with pytest.raises(DeadlineExceeded):
-        await runner.run(fail, timeout=0.05)
+        await runner.run(fail, timeout=SOON)
     gate.release.set()
     await runner.wait_idle()
     now = runner.statistics()
@@ -290,7 +309,7 @@ async def test_the_function_notices_the_deadline_first(runner: InferenceRunner[N
             check_cancelled()
 
     with pytest.raises(DeadlineExceeded) as caught:
-        await runner.run(call, timeout=0.05)
+        await runner.run(call, timeout=SOON)
     assert caught.value.started is True
     await runner.wait_idle()
     assert runner.statistics().expired == 1
@@ -303,7 +322,7 @@ def test_submitted_call_that_notices_its_deadline() -> None:
         while True:
             check_cancelled()
 
-    with InferenceRunner[None](timeout=0.05) as runner:
+    with InferenceRunner[None](timeout=SOON) as runner:
         future = runner.submit(call)
         until_true(future.done)
         assert isinstance(future.exception(0), DeadlineExceeded)
@@ -524,21 +543,21 @@ async def test_queue_full_of_the_cancelled(runner: InferenceRunner[None], gate: 
     assert [future.result(LIMIT) for future in waiting] == [1, 1]
 
 
-def test_expired_futures_make_room(gate: Gate) -> None:
+def test_expired_futures_make_room(clock: Clock, gate: Gate) -> None:
     """Futures past their deadline, which nobody watches, make room for new calls."""
-    with InferenceRunner[None](max_queue=2, timeout=0.05) as runner:
+    with InferenceRunner[None](max_queue=2, timeout=5.0) as runner:
         runner.submit(gate, 1)
         gate.wait_entered()
         expired = [runner.submit(abs, -1) for _ in range(2)]
         with pytest.raises(QueueFull):
             runner.submit(abs, -2)
-        threading.Event().wait(0.06)
+        clock.now += 5.0
         accepted = runner.submit(abs, -2)
         errors = [future.exception(0) for future in expired]
         assert [type(error) for error in errors] == [DeadlineExceeded] * 2
         assert runner.statistics().expired == 2
         gate.release.set()
-    assert isinstance(accepted.exception(0), DeadlineExceeded | None)
+    assert accepted.result(0) == 2
 
 
 @pytest.mark.parametrize("cancel", [True, False])

@@ -189,6 +189,25 @@ async def test_many_calls_of_one_client(runner: InferenceRunner[None], gate: Gat
     assert runner.statistics().cancelled == 4
 
 
+async def test_calls_that_go_with_one_another(runner: InferenceRunner[None], gate: Gate) -> None:
+    """A call may end another of the same client: each is dropped once."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        futures.extend(runner.submit(abs, -1) for _ in range(2))
+        futures[0].add_done_callback(lambda _: futures[1].cancel())
+        futures[1].add_done_callback(lambda _: futures[0].cancel())
+        await until(lambda: all(future.done() for future in futures))
+
+    futures: list[Any] = []
+    await hold(runner, gate)
+    connection = Connection()
+    connection.hang_up()
+    with anyio.fail_after(LIMIT):
+        await connection.serve(behind(app, runner))
+    assert sorted(future.cancelled() for future in futures) == [False, True]
+    assert runner.statistics().cancelled == 2
+
+
 async def expecting_group(serve: Callable[[App], Awaitable[None]], app: App) -> None:
     """Serve an application of whose task group all tasks lose their client."""
     with pytest.raises(ExceptionGroup) as caught:

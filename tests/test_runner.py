@@ -445,14 +445,14 @@ async def test_the_call_s_timeout_goes_before_the_runner_s(gate: Gate) -> None:
             await runner.run(gate, 1)
         gate.release.set()
         await runner.wait_idle()
-        slow = functools.partial(runner.run, lambda: time.sleep(0.1), timeout=LIMIT)
-        await slow()
+        await runner.run(time.sleep, 0.1, timeout=LIMIT)
     assert runner.statistics().completed == 1
 
 
 def test_submitted_calls_have_the_runner_s_timeout(gate: Gate) -> None:
     """``result()`` waits no longer than the runner's timeout, without one of its own."""
-    with InferenceRunner[None](timeout=0.05) as runner:
+    with InferenceRunner[None](timeout=0.2) as runner:
+        anyio.run(runner.start)
         future = runner.submit(gate, 1)
         with pytest.raises(DeadlineExceeded) as caught:
             future.result()
@@ -918,11 +918,36 @@ async def test_two_users() -> None:
     """The first user starts the runner, and the last to leave stops it."""
     runner = InferenceRunner[None]()
     async with runner:
+        async with runner:
+            assert await runner.run(abs, -1) == 1
         async with runner.opened():
             assert await runner.run(abs, -1) == 1
         assert runner.statistics().state == "ready"
         assert await runner.run(abs, -1) == 1
     assert runner.statistics().state == "closed"
+
+
+@pytest.mark.anyio
+async def test_two_users_of_a_model_that_does_not_load(gate: Gate) -> None:
+    """Each of several users hears why there is no model, and none of them counts as one."""
+
+    def load() -> None:
+        gate(None)
+        fails_to_load()
+
+    async def use() -> None:
+        with pytest.raises(LoadError):
+            async with own:
+                raise AssertionError
+
+    own = InferenceRunner(load)
+    async with anyio.create_task_group() as group:
+        group.start_soon(use)
+        group.start_soon(use)
+        await gate.entered_async()
+        gate.release.set()
+    assert gate.entries == 1
+    assert own._users == 0
 
 
 @pytest.mark.anyio
@@ -1177,6 +1202,25 @@ def test_two_hundred_starts_and_stops() -> None:
         assert resources() == before
 
     asyncio.run(main())
+
+
+def test_in_a_forked_child(gate: Gate) -> None:
+    """In a forked child a runner is as new; what the parent has begun there ends for nobody."""
+    runner = InferenceRunner[None]()
+    futures = fill(runner, gate, 1)
+    parent = runner._thread
+    assert parent is not None
+    runner._after_fork()
+    for future in futures:
+        with pytest.raises(Draining, match="parent process"):
+            future.result(0)
+    assert runner.statistics().state == "new"
+    assert runner.submit(abs, -1).result(LIMIT) == 1
+    InferenceRunner[None]()._after_fork()  # nor does one mind that was never started
+    runner.shutdown()
+    gate.release.set()
+    parent.stop_soon()
+    assert parent.join(LIMIT)
 
 
 def test_resource_warning() -> None:
