@@ -79,10 +79,11 @@ def test_voluntary_switches_count_waits() -> None:
     def count(waits: int) -> int:
         before = procfs.voluntary_switches(threading.get_native_id())
         for _ in range(waits):
-            time.sleep(1e-6)
+            time.sleep(0.001)
         return procfs.voluntary_switches(threading.get_native_id()) - before
 
-    assert on_new_thread(lambda: count(200)) >= 200
+    # A few may be over before they begin, on a busy machine.
+    assert on_new_thread(lambda: count(100)) >= 80
 
 
 def test_voluntary_switches_leave_out_work() -> None:
