@@ -35,7 +35,6 @@ class Client:
     Everything runs on the connection's event loop, but ``joined`` and ``left``, which threads
     may call.
 
-    :param deadline: when the client's time is up, on the clock of ``time.monotonic()``
     :param server_timing: add the calls' seconds to the response as ``Server-Timing``
     """
 
@@ -45,10 +44,9 @@ class Client:
         receive: Receive,
         send: Send,
         *,
-        deadline: float | None = None,
-        server_timing: bool = True,
+        server_timing: bool,
     ) -> None:
-        self.deadline = deadline
+        self.deadline: float | None = None  # on the clock of time.monotonic()
         self._scope = scope
         self._receive = receive
         self._send = send
