@@ -295,7 +295,8 @@ def test_refusals(
         assert closed.value.code == 1013
 
 
-def test_not_ready(connect: Callable[..., TestClient]) -> None:
+@pytest.mark.parametrize("prefix", ["", "/mounted"])
+def test_not_ready(connect: Callable[..., TestClient], prefix: str) -> None:
     """A model that did not load is 503 with ``Retry-After``, and the reason stays inside."""
 
     def load() -> None:
@@ -303,20 +304,21 @@ def test_not_ready(connect: Callable[..., TestClient]) -> None:
 
     runner = InferenceRunner(load)
     client = connect(application(runner))
-    first, second = client.get("/predict"), client.get("/predict")
+    first, second = (client.get(f"{prefix}/predict") for _ in range(2))
     assert (first.status_code, second.status_code) == (503, 503)
     assert 1 <= int(second.headers["retry-after"]) <= 60
     assert "secret" not in first.text + second.text
 
 
-def test_deadlines(runner: InferenceRunner[None], gate: Gate) -> None:
+@pytest.mark.parametrize("prefix", ["", "/mounted"])
+def test_deadlines(runner: InferenceRunner[None], gate: Gate, prefix: str) -> None:
     """A call whose time is up is 504, with ``Retry-After`` if it never ran."""
     client = TestClient(application(runner))
-    running = client.get("/predict?timeout=10")
+    running = client.get(f"{prefix}/predict?timeout=10")
     assert running.status_code == 200
     runner.submit(gate, 1)
     gate.wait_entered()
-    waiting = client.get("/predict?timeout=0.05")
+    waiting = client.get(f"{prefix}/predict?timeout=0.05")
     assert waiting.status_code == 504
     assert 1 <= int(waiting.headers["retry-after"]) <= 60
     assert waiting.text == "The answer did not come in time."
@@ -326,10 +328,11 @@ def test_deadline_of_a_running_call(runner: InferenceRunner[None], gate: Gate) -
     """A call that had started when its time was up is 504 without ``Retry-After``."""
 
     async def slow(request: Request) -> Response:
-        return JSONResponse(await runner_from(request).run(gate, 1, timeout=0.05))
+        return JSONResponse(await runner_from(request).run(gate, 1, timeout=0.2))
 
     middleware = [Middleware(InferenceMiddleware, runner=runner)]
     client = TestClient(Starlette(routes=[Route("/", slow)], middleware=middleware))
+    runner.submit(abs, -1).result(LIMIT)  # the thread has started
     response = client.get("/")
     assert (response.status_code, "retry-after" in response.headers) == (504, False)
 
