@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -67,7 +68,9 @@ def _start_watcher() -> None:
         threading.main_thread().join()
         _send_away_who_waits()
 
-    threading.Thread(target=watch, name="asgi_infer-exit", daemon=True).start()
+    # An interpreter that is ending may start no threads. The call is none the worse for it.
+    with suppress(RuntimeError):
+        threading.Thread(target=watch, name="asgi_infer-exit", daemon=True).start()
 
 
 def _send_away_who_waits() -> None:

@@ -442,6 +442,25 @@ def test_server_in_a_thread_outlives_the_main_thread() -> None:
     assert ended.stderr == ""
 
 
+def test_watcher_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the interpreter is ending and starts no threads, calls are made all the same."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with InferenceRunner[None]() as runner:
+        assert runner.submit(abs, -2).result(LIMIT) == 2
+        _exit._start_watcher.cache_clear()
+
+        def call() -> int:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuse)
+                return runner.submit(abs, -3).result(LIMIT)
+
+        assert on_new_thread(call) == 3
+    _exit._start_watcher.cache_clear()
+
+
 def test_no_watcher_for_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the main thread waits, as in most programs, there is no thread to watch it."""
     monkeypatch.setattr(_exit, "_start_watcher", lambda: pytest.fail("started"))
