@@ -215,6 +215,39 @@ async def expecting_group(serve: Callable[[App], Awaitable[None]], app: App) -> 
     assert caught.group_contains(ClientDisconnected)
 
 
+async def test_call_submitted_in_a_thread(runner: InferenceRunner[None], gate: Gate) -> None:
+    """A call that waits in a thread, as those of ``def`` endpoints, goes with its client too."""
+    await hold(runner, gate)
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        with pytest.raises(ClientDisconnected):
+            await anyio.to_thread.run_sync(lambda: runner.submit(abs, -1).result(LIMIT))
+
+    connection = Connection()
+    connection.hang_up()
+    await connection.serve(behind(app, runner))
+    assert runner.statistics().cancelled == 1
+
+
+async def test_gone_behind_a_part_of_the_body_that_is_read(
+    runner: InferenceRunner[None], gate: Gate
+) -> None:
+    """Once the application has taken what was read ahead, its client is watched again."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(quietly, runner.run, gate, 1)
+            await until(lambda: connection.taken == 1)
+            assert (await receive())["body"] == b"a"
+
+    connection = Connection()
+    connection.feed(request(b"a", more=True))
+    connection.hang_up()
+    with anyio.fail_after(LIMIT):
+        await connection.serve(behind(app, runner))
+    assert runner.statistics().cancelled == 1
+
+
 async def test_disconnect_stays(runner: InferenceRunner[None], gate: Gate) -> None:
     """The application sees the disconnect that ended its call, as often as it asks."""
     kinds: list[str] = []
@@ -639,6 +672,24 @@ async def test_streamed_response(runner: InferenceRunner[None], gate: Gate) -> N
         await gate.entered_async()
         connection.hang_up()
     assert runner.statistics().late == 1
+
+
+async def test_response_before_the_watch_has_begun(
+    runner: InferenceRunner[None], gate: Gate
+) -> None:
+    """A response that comes just when the watch is to begin leaves the application its reader."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        runner.submit(gate, 1)
+        await anyio.lowlevel.checkpoint()  # the watch has been started, and has not run yet
+        await respond(send)
+        connection.hang_up()
+        assert (await receive())["type"] == "http.disconnect"
+
+    connection = Connection()
+    with anyio.fail_after(LIMIT):
+        await connection.serve(behind(app, runner))
+    assert runner.statistics().cancelled == 0
 
 
 async def test_task_that_outlives_its_request(runner: InferenceRunner[None]) -> None:

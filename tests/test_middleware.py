@@ -27,6 +27,7 @@ from asgi_infer import (
     InvalidDeadline,
     runner_from,
 )
+from asgi_infer._call import current_caller
 from asgi_infer._client import Receive, Scope, Send
 
 from .connections import Connection, respond
@@ -247,6 +248,14 @@ async def test_other_scopes_pass() -> None:
     middleware = InferenceMiddleware(app, runner=InferenceRunner[None]())
     await middleware(scope, connection.receive, connection.send)
     assert seen == [{"type": "custom"}, connection.receive, connection.send]
+
+
+@pytest.mark.anyio
+async def test_the_caller_is_the_client_for_its_request_only() -> None:
+    """What the server's own task does after a request, it does not do for that client."""
+    middleware = InferenceMiddleware(nothing, runner=InferenceRunner[None]())
+    await Connection().serve(middleware)
+    assert current_caller.get() is None
 
 
 # -- refusals ----------------------------------------------------------------------------------
@@ -535,6 +544,13 @@ class Plain:
 def plain(app: Any) -> Any:
     """A middleware that is a function."""
     return app
+
+
+def test_warning_at_startup(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning comes with the startup, where somebody reads it."""
+    ours = Middleware(InferenceMiddleware, runner=InferenceRunner[None]())
+    with TestClient(Starlette(middleware=[Middleware(Outer), ours])):
+        assert "Outer is a BaseHTTPMiddleware outside" in caplog.text
 
 
 @pytest.mark.parametrize(
