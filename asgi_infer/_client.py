@@ -25,6 +25,9 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _TRY_AGAIN_LATER, _INTERNAL_ERROR = 1013, 1011  # the close codes of WebSockets
+WATCH_AFTER = 0.005
+"""Seconds after which a call is worth watching for: to watch costs more than many a call does."""
+
 _DISCONNECTS = frozenset({"http.disconnect", "websocket.disconnect"})
 _COMPLETE = frozenset({"http.response.pathsend", "websocket.close"})
 
@@ -64,6 +67,7 @@ class Client:
         self._reading = False
         self._turns: list[Waiter] = []  # those who wait for the reader to be done
         self._stop_reading: Callable[[], object] | None = None
+        self._watch_later: Callable[[], object] | None = None  # cancels the timer
 
     # -- for calls -----------------------------------------------------------------------------
 
@@ -76,11 +80,10 @@ class Client:
         # response that has begun can carry no timing, and a WebSocket may live for days.
         if self._server_timing and not self._started:
             self._timed.append(call)
-        # At the loop's next turn: a call that is over by then needs no watch.
-        if threading.get_ident() == self._thread:
-            self._port.call_soon(self._watch)
-        else:
+        if threading.get_ident() != self._thread:
             self._port.call_soon_threadsafe(self._watch)
+        elif self._watch_later is None:
+            self._watch_later = self._port.call_later(WATCH_AFTER, self._watch_now)
 
     def left(self, call: Call, /) -> None:
         """A call is over."""
@@ -142,6 +145,8 @@ class Client:
         self._finished = True
         self.deadline = None  # what the application still does, it does not for the client
         self._calls.clear()
+        if self._watch_later is not None:
+            self._watch_later()
         self._timed.clear()  # calls know their client, through their context
         if self._stop_reading is not None:
             self._stop_reading()
@@ -159,6 +164,10 @@ class Client:
             self._watch()  # if this was cancelled, calls may still be waiting
         self._look_at(message)
         return message
+
+    def _watch_now(self) -> None:
+        self._watch_later = None
+        self._watch()
 
     def _watch(self) -> None:
         """Read ahead, if a call waits, nobody reads, and it is not data that would pile up."""
@@ -185,9 +194,9 @@ class Client:
     @property
     def _room_ahead(self) -> bool:
         """Whether nothing but a disconnect can follow on what has been read ahead."""
-        if not self._ahead:
-            return True
-        last = self._ahead[-1]
+        if len(self._ahead) != 1:  # two: a server that says more after the end of the body
+            return not self._ahead
+        last = self._ahead[0]
         end_of_body = last["type"] == "http.request" and not last.get("more_body")
         return end_of_body or last["type"] == "websocket.connect"
 

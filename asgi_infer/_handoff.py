@@ -56,8 +56,8 @@ class LoopPort(Protocol):
         """Wake whoever waits for ``waiter``. From any thread; never raises, never blocks."""
         ...
 
-    def call_soon(self, func: Callable[[], object], /) -> None:
-        """Call ``func`` at the loop's next turn. On the loop's own thread."""
+    def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
+        """Call ``func`` in ``delay`` seconds; return what cancels that. On the loop's thread."""
         ...
 
     def call_soon_threadsafe(self, func: Callable[[], object], /) -> None:
@@ -171,8 +171,8 @@ class AsyncioPort:
             self._woken = False
             self._posted.clear()
 
-    def call_soon(self, func: Callable[[], object], /) -> None:
-        asyncio.get_running_loop().call_soon(func)
+    def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
+        return asyncio.get_running_loop().call_later(delay, func).cancel
 
     def call_soon_threadsafe(self, func: Callable[[], object], /) -> None:
         self._post(func)
@@ -207,7 +207,7 @@ class AsyncioPort:
         finally:
             # A task that exits the program (SystemExit) comes through here; the others stay due.
             if due:
-                self.call_soon(self._drain)
+                self._post(self._drain)
 
 
 class TrioWaiter:
@@ -246,8 +246,12 @@ class TrioPort:
         except self._trio.RunFinishedError:
             self._posted.clear()
 
-    def call_soon(self, func: Callable[[], object], /) -> None:
-        self.token.run_sync_soon(func)
+    def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
+        async def later() -> None:
+            await self._trio.sleep(delay)
+            func()
+
+        return self.spawn(later)
 
     def call_soon_threadsafe(self, func: Callable[[], object], /) -> None:
         with suppress(self._trio.RunFinishedError):

@@ -156,7 +156,7 @@ async def test_post_of_a_waiter_nobody_awaits() -> None:
 
 
 @pytest.mark.anyio
-async def test_call_soon() -> None:
+async def test_call_later() -> None:
     """A function is called on the loop's thread at a later turn, however it was handed in."""
     port = current_port()
     threads: list[int] = []
@@ -167,7 +167,8 @@ async def test_call_soon() -> None:
         if len(threads) == 2:
             called.set()
 
-    port.call_soon(note)
+    port.call_later(0.0, note)
+    port.call_later(LIMIT, note)()  # cancelled
     assert threads == []
     on_new_thread(lambda: port.call_soon_threadsafe(note))
     await wait_event(called)
