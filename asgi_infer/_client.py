@@ -80,7 +80,9 @@ class Client:
         # response that has begun can carry no timing, and a WebSocket may live for days.
         if self._server_timing and not self._started:
             self._timed.append(call)
-        if threading.get_ident() != self._thread:
+        if self._gone:
+            drop(call)
+        elif threading.get_ident() != self._thread:
             self._port.call_soon_threadsafe(self._watch)
         elif self._watch_later is None:
             self._watch_later = self._port.call_later(WATCH_AFTER, self._watch_now)

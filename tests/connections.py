@@ -76,7 +76,7 @@ class Connection:
         self.feed({"type": f"{self.scope['type']}.disconnect"})
 
     def fail(self, error: Exception) -> None:
-        """Have ``receive`` raise."""
+        """Have ``receive`` raise, once."""
         self.failure = error
         self._change()
 
@@ -90,7 +90,8 @@ class Connection:
         finally:
             self.readers -= 1
         if self.failure is not None:
-            raise self.failure
+            failure, self.failure = self.failure, None
+            raise failure
         self.taken += 1
         stays = self._queue[0]["type"] in DISCONNECTS
         return self._queue[0] if stays else self._queue.popleft()

@@ -237,6 +237,7 @@ async def test_gone_behind_a_part_of_the_body_that_is_read(
     async def app(scope: Any, receive: Receive, send: Send) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(quietly, runner.run, gate, 1)
+            await gate.entered_async()
             await until(lambda: connection.taken == 1)
             assert (await receive())["body"] == b"a"
 
@@ -245,7 +246,7 @@ async def test_gone_behind_a_part_of_the_body_that_is_read(
     connection.hang_up()
     with anyio.fail_after(LIMIT):
         await connection.serve(behind(app, runner))
-    assert runner.statistics().late == 1  # it had started
+    assert runner.statistics().late == 1
 
 
 async def test_disconnect_stays(runner: InferenceRunner[None], gate: Gate) -> None:
@@ -525,13 +526,17 @@ async def test_receive_that_fails(runner: InferenceRunner[None], gate: Gate) -> 
         async with anyio.create_task_group() as group:
             group.start_soon(runner.run, gate, 1)
             await until(lambda: connection.readers == 1)
+            group.start_soon(fail, receive)
+            await some_turns()
             connection.fail(OSError("reset"))
-            await until(lambda: connection.readers == 0)
-            for _ in range(2):
-                with pytest.raises(OSError, match="reset") as caught:
-                    await receive()
-                seen.append(caught.value)
+            await until(lambda: len(seen) == 1)
+            await fail(receive)
             gate.release.set()
+
+    async def fail(receive: Receive) -> None:
+        with pytest.raises(OSError, match="reset") as caught:
+            await receive()
+        seen.append(caught.value)
 
     connection = Connection()
     with anyio.fail_after(LIMIT):
@@ -677,14 +682,38 @@ async def test_streamed_response(runner: InferenceRunner[None], gate: Gate) -> N
 async def test_response_before_the_watch_has_begun(
     runner: InferenceRunner[None], gate: Gate
 ) -> None:
-    """A response that comes just when the watch is to begin leaves the application its reader."""
+    """A response in the very tick in which the reader is started leaves nobody waiting for it."""
 
     async def app(scope: Any, receive: Receive, send: Send) -> None:
         runner.submit(gate, 1)
-        await anyio.lowlevel.checkpoint()  # the watch has been started, and has not run yet
+        await until(lambda: connection.taken == 1)
+        await receive()  # what was read ahead: to watch on, the reader is started again
         await respond(send)
         connection.hang_up()
         assert (await receive())["type"] == "http.disconnect"
+
+    connection = Connection()
+    connection.feed(request(b"a", more=True))
+    with anyio.fail_after(LIMIT):
+        await connection.serve(behind(app, runner))
+    assert runner.statistics().cancelled == 0
+
+
+async def test_listener_beside_the_response(runner: InferenceRunner[None], gate: Gate) -> None:
+    """An application that listens while it responds takes the reader's place in the end."""
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        async def listen() -> None:
+            assert (await receive())["type"] == "http.disconnect"
+
+        async with anyio.create_task_group() as group:
+            runner.submit(gate, 1)
+            await until(lambda: connection.readers == 1)
+            group.start_soon(listen)
+            await some_turns()
+            await respond(send)
+            await some_turns()
+            connection.hang_up()
 
     connection = Connection()
     with anyio.fail_after(LIMIT):
