@@ -23,6 +23,7 @@ from asgi_infer import (
     QueueFull,
     check_cancelled,
 )
+from asgi_infer._client import WATCH_AFTER
 
 from .connections import App, Connection, Message, request, respond
 from .gates import LIMIT, Gate, wait_event
@@ -473,6 +474,7 @@ async def test_call_beside_the_application_s_own_reader(
     async with anyio.create_task_group() as group:
         group.start_soon(connection.serve, behind(app, runner))
         await gate.entered_async()
+        await anyio.sleep(4 * WATCH_AFTER)  # the watch finds that somebody reads already
         connection.hang_up()
     assert runner.statistics().late == 1
 
