@@ -173,9 +173,7 @@ class Client:
 
     def _watch(self) -> None:
         """Read ahead, if a call waits, nobody reads, and it is not data that would pile up."""
-        if self._gone:
-            self._drop_all()
-        elif self._calls and not self._reading and not self._failure and self._room_ahead:
+        if self._calls and not self._reading and not self._failure and self._room_ahead:
             self._reading = True
             self._stop_reading = self._port.spawn(self._read_ahead)
 

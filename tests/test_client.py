@@ -216,6 +216,30 @@ async def expecting_group(serve: Callable[[App], Awaitable[None]], app: App) -> 
     assert caught.group_contains(ClientDisconnected)
 
 
+async def test_one_call_after_another(
+    runner: InferenceRunner[None], make_gate: Callable[[], Gate]
+) -> None:
+    """Each call of a connection is watched, also when the watch over an earlier one has ended."""
+    first, second = make_gate(), make_gate()
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        await runner.run(first, 1)
+        assert (await receive())["text"] == "a"
+        await quietly(runner.run, second, 1)
+
+    connection = Connection("websocket")
+    with anyio.fail_after(LIMIT):
+        async with anyio.create_task_group() as group:
+            group.start_soon(connection.serve, behind(app, runner))
+            await until(lambda: connection.readers == 1)
+            connection.texts("a")
+            await until(lambda: connection.taken == 1)
+            first.release.set()
+            await second.entered_async()
+            connection.hang_up()
+    assert runner.statistics().late == 1
+
+
 async def test_call_submitted_in_a_thread(runner: InferenceRunner[None], gate: Gate) -> None:
     """A call that waits in a thread, as those of ``def`` endpoints, goes with its client too."""
     await hold(runner, gate)
