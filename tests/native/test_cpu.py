@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from asgi_infer.native import cpu
-from asgi_infer.native.cpu import IMPORT_AFFINITY, cgroup_quota, recommended_threads
+from asgi_infer.native.cpu import (
+    IMPORT_AFFINITY,
+    Throttling,
+    budget,
+    cgroup_quota,
+    recommended_threads,
+    throttling,
+)
 
 
 class Tree:
@@ -30,6 +37,23 @@ class Tree:
         directory = self.root / "sys/fs/cgroup" / group
         self._write(directory / "cpu.cfs_quota_us", quota)
         self._write(directory / "cpu.cfs_period_us", period)
+
+    def statistics(self, group: str, text: str | bytes) -> None:
+        """``cpu.stat`` of a group."""
+        self._write(self.root / "sys/fs/cgroup" / group / "cpu.stat", text)
+
+    def siblings(self, cpu: int, text: str) -> None:
+        """The CPUs that share a core with one."""
+        topology = self.root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        self._write(topology / "thread_siblings_list", text)
+
+    def capacity(self, cpu: int, text: str) -> None:
+        """How fast ARM says that a CPU is."""
+        self._write(self.root / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity", text)
+
+    def kind(self, name: str, cpus: str) -> None:
+        """The CPUs of one of Intel's kinds."""
+        self._write(self.root / f"sys/devices/cpu_{name}/cpus", cpus)
 
     @staticmethod
     def _write(path: Path, text: str | bytes) -> None:
@@ -97,6 +121,13 @@ def test_v1(tree: Tree) -> None:
     """Version 1 has two files, in a tree named for its controllers; the order varies."""
     tree.member_of("9:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n1:name=systemd:/docker/x\n")
     tree.v1("cpu,cpuacct/docker/x", "250000\n", "100000\n")
+    assert cgroup_quota(tree.root) == 2.5
+
+
+def test_v1_mounted_under_another_name(tree: Tree) -> None:
+    """Where the directory has the controllers in another order, there is a link named cpu."""
+    tree.member_of("4:cpuacct,cpu:/docker/x\n")
+    tree.v1("cpu/docker/x", "250000\n", "100000\n")
     assert cgroup_quota(tree.root) == 2.5
 
 
@@ -181,6 +212,104 @@ def test_name_that_is_no_text(tree: Tree) -> None:
     os.makedirs(directory)
     Path(os.fsdecode(directory), "cpu.max").write_text("100000 100000")
     assert cgroup_quota(tree.root) == 1.0
+
+
+# -- throttling --------------------------------------------------------------------------------
+
+
+def test_throttling_v2(tree: Tree) -> None:
+    """The counts of the group and of all above it are added up: any of them may be the one."""
+    tree.member_of("0::/a/b\n")
+    counts = "usage_usec 1\nnr_periods {}\nnr_throttled {}\nthrottled_usec {}\n"
+    tree.statistics("a/b", counts.format(10, 3, 2_500_000))
+    tree.statistics("a", counts.format(20, 1, 500_000))
+    tree.statistics("", "usage_usec 12345\n")
+    assert throttling(tree.root) == Throttling(
+        periods=30, throttled_periods=4, throttled_seconds=3.0
+    )
+
+
+def test_throttling_v1(tree: Tree) -> None:
+    """Version 1 counts nanoseconds."""
+    tree.member_of("3:cpu,cpuacct:/docker/x\n")
+    counts = "nr_periods 100\nnr_throttled 40\nthrottled_time 1500000000\n"
+    tree.statistics("cpu,cpuacct/docker/x", counts)
+    assert throttling(tree.root) == Throttling(
+        periods=100, throttled_periods=40, throttled_seconds=1.5
+    )
+
+
+@pytest.mark.parametrize("text", ["", "nr_throttled\n", "nr_throttled many\n", b"\xff\xfe\x00"])
+def test_throttling_garbage(tree: Tree, text: str | bytes) -> None:
+    """What makes no sense, or isn't there, counts as nothing."""
+    nothing = Throttling(periods=0, throttled_periods=0, throttled_seconds=0.0)
+    assert throttling(tree.root) == nothing
+    tree.member_of("0::/a\n")
+    tree.statistics("a", text)
+    assert throttling(tree.root) == nothing
+
+
+# -- processors --------------------------------------------------------------------------------
+
+
+def test_smt(tree: Tree) -> None:
+    """CPUs that share a core count as one core; only those that may be used count."""
+    for cpu_number in range(4):
+        tree.siblings(cpu_number, f"{cpu_number % 2},{cpu_number % 2 + 2}\n")
+    four = budget(frozenset(range(4)), tree.root)
+    assert (four.cores, four.smt, four.threads) == (2, True, 4)
+    assert four.reason == ("4 CPUs may be used, on 2 cores; one thread for each core may do more")
+    two = budget(frozenset({0, 1}), tree.root)
+    assert (two.cores, two.smt, two.threads) == (2, False, 2)
+    assert two.reason == "2 CPUs may be used"
+
+
+def test_unknown_topology(tree: Tree) -> None:
+    """Where the system doesn't tell, each CPU is a core, and all are of one kind."""
+    found = budget(frozenset(range(3)), tree.root)
+    assert (found.cores, found.smt, found.hybrid) == (3, False, False)
+
+
+@pytest.mark.parametrize(
+    ("core", "atom", "hybrid"),
+    [
+        *(("0-3", "4-7", True), ("0-3\n", "6,7\n", True), ("0,1", "2", True)),
+        *(("0-7", "8-15", False), ("0-3", "", False), ("x-y", "4-7", False)),
+    ],
+)
+def test_hybrid_intel(tree: Tree, core: str, atom: str, hybrid: bool) -> None:
+    """Fast and slow cores make a hybrid only if both may be used."""
+    tree.kind("core", core)
+    tree.kind("atom", atom)
+    found = budget(frozenset(range(8)), tree.root)
+    assert found.hybrid is hybrid
+    assert ("fast and slow" in found.reason) is hybrid
+
+
+def test_hybrid_arm(tree: Tree) -> None:
+    """On ARM it is the CPUs' capacities that differ; a CPU without one says nothing."""
+    tree.capacity(0, "1024\n")
+    tree.capacity(1, "1024\n")
+    assert not budget(frozenset({0, 1, 2}), tree.root).hybrid
+    tree.capacity(2, "446\n")
+    assert budget(frozenset({0, 1, 2}), tree.root).hybrid
+
+
+def test_budget_with_a_quota(tree: Tree) -> None:
+    """A quota that pays for less than the CPUs decides, and is the reason given."""
+    tree.member_of("0::/\n")
+    tree.v2("", "250000 100000\n")
+    found = budget(frozenset(range(8)), tree.root)
+    assert (found.quota, found.threads) == (2.5, 2)
+    assert found.reason.startswith("the cgroup's quota pays for 2.5 of 8 CPUs; ")
+
+
+def test_budget_here() -> None:
+    """The number is the one that runners use by default."""
+    found = budget()
+    assert found.threads == recommended_threads()
+    assert 1 <= found.cores <= len(found.cpus)
+    assert budget(frozenset({min(found.cpus)})).reason.startswith("1 CPU may be used")
 
 
 # -- threads -----------------------------------------------------------------------------------
