@@ -70,8 +70,8 @@ class Hints:
         if not self._agreed("faults", sign=share > _FAULT_SHARE):
             return None
         return (
-            f"{look.func} spends {share:.0%} of its time on page faults ({look.faults} in a call), "
-            f"to get memory that the call before has given back: "
+            f"{look.func} spends {share:.0%} of its time on page faults ({look.faults} in a "
+            f"call), to get memory that the call before has given back: "
             f"NativePolicy(retain_memory=True) keeps it"
         )
 
@@ -116,10 +116,11 @@ class Hints:
         cpus, mine = len(cpu.IMPORT_AFFINITY), self._native.thread_count
         if not others or sum(others) + mine <= cpus:
             return None
+        count = len(others) + 1
         return (
-            f"{len(others) + 1} processes of this server run a model named {self._name!r}, with "
+            f"{count} processes of this server run a model named {self._name!r}, with "
             f"{sum(others) + mine} native threads on {cpus} CPUs, which slows all of them down: "
-            f"set NativePolicy(threads={max(1, cpus // (len(others) + 1))}), or start fewer workers"
+            f"set NativePolicy(threads={max(1, cpus // count)}), or start fewer workers"
         )
 
 

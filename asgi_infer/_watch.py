@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 from ._call import Call
-from ._foreign_pools import SLEEPY, ForeignPools, foreign_threads
+from ._foreign_pools import SLEEPY, ForeignPools, native_threads
 from ._hints import Hints
 from ._statistics import Usage, moving_average
 from .native import NativePolicy
@@ -77,7 +77,8 @@ class Watch:
     def _evaluate(self, look: Look) -> None:
         usage = self._usage
         usage.cores_used = moving_average(usage.cores_used, look.cores_used)
-        usage.foreign_threads = len(foreign_threads(self._name))
+        _, foreign = native_threads(self._name)
+        usage.foreign_threads = len(foreign)
         if look.lag is not None:
             usage.loop_lag = moving_average(usage.loop_lag, look.lag)
         self._hints.consider(look)
