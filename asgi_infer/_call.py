@@ -48,6 +48,10 @@ class Port(Protocol):
         """
         ...
 
+    def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
+        """Call ``func`` in ``delay`` seconds; return what cancels that. On the loop's thread."""
+        ...
+
 
 class Call:
     """A function with its arguments, its caller's context and time limit, and its outcome.

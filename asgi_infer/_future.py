@@ -109,6 +109,10 @@ class FuturePort:
         del func
         return False
 
+    def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
+        """There is no loop to call this on, either."""
+        raise NotImplementedError
+
 
 FUTURE_PORT = FuturePort()
 

@@ -28,8 +28,12 @@ class RecordingPort:
             self.to_call.append(func)
         return not self._ended
 
+    def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
+        self.to_call.append(func)
+        return lambda: self.to_call.remove(func)
+
     def turn(self) -> None:
-        """What a loop does at its next turn: call what is to be called."""
+        """What a loop does at its next turn: call what is to be called, and what is due."""
         functions, self.to_call = self.to_call, []
         for function in functions:
             function()
