@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +33,10 @@ Said = Callable[..., list[str]]
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """No quota, no other process of the same server, and page faults that cost 1 µs."""
-    system = SimpleNamespace(quota=None, throttling=throttled(0, 0), siblings={})
+    system = SimpleNamespace(quota=None, throttling=throttled(0, 0), threads={os.getpid(): 4})
     processes = SimpleNamespace(
-        siblings=lambda: set(system.siblings),
-        threads_named=lambda name, pid: system.siblings[pid] if name == "digits" else 0,
+        siblings=lambda: set(system.threads) - {os.getpid()},
+        threads_named=lambda name, pid: system.threads[pid] if name == "digits" else 0,
     )
     monkeypatch.setattr(_hints, "processes", processes)
     monkeypatch.setattr(_hints, "fault_seconds", lambda: 1e-6)
@@ -169,23 +170,24 @@ def test_quota_that_holds(said: Said, alone: SimpleNamespace, now: Throttling) -
 
 def test_processes(said: Said, alone: SimpleNamespace) -> None:
     """Other processes of the same server with models of the same name share the CPUs."""
-    alone.siblings = {7: 4, 8: 0}
+    alone.threads |= {7: 4, 8: 0, 9: 1}
     (line,) = said(hints(), *[Seen()] * 10)
     assert line.startswith("2 processes of this server run a model named 'digits', with 8 native")
     assert "NativePolicy(threads=2)" in line
 
 
 def test_processes_that_fit(said: Said, alone: SimpleNamespace) -> None:
-    """As long as all threads together fit, nothing is said."""
-    alone.siblings = {7: 2}
-    assert said(hints(NativePolicy(threads=2)), *[Seen()] * 10) == []
+    """Where all threads together fit, or models have none of their own, nothing is said."""
+    for threads in ({os.getpid(): 2, 7: 2}, {os.getpid(): 1, 7: 4}, {os.getpid(): 4, 7: 1, 8: 1}):
+        alone.threads = threads
+        assert said(hints(), *[Seen()] * 10) == []
 
 
 def test_processes_that_start_later(said: Said, alone: SimpleNamespace) -> None:
     """They are looked for again, less and less often."""
     watching = hints()
     assert said(watching, Seen(), Seen(), Seen()) == []
-    alone.siblings = {7: 4}
+    alone.threads[7] = 4
     assert len(said(watching, Seen())) == 1
 
 
