@@ -12,10 +12,10 @@ NONE = "-"
 ARMS = {
     "script": "the model in a loop on the main thread, without a server: what it can do",
     "def": "a plain def endpoint: the server runs each call in any of some 40 threads",
-    "async-def": "an async def endpoint: the call runs on the event loop, which answers nobody else "
-    "meanwhile",
+    "async-def": "an async def endpoint: the call runs on the event loop, which answers nobody "
+    "else meanwhile",
     "executor": "a ThreadPoolExecutor(1), with the model loaded on the main thread",
-    "runner": "InferenceRunner: the model is loaded, warmed up and called on one thread of its own",
+    "runner": "InferenceRunner: the model is loaded, warmed up and called on one thread, its own",
     "runner-retain": "the same, and freed memory is kept (retain_memory=True)",
 }
 """What each arm is, by its key."""
@@ -32,6 +32,11 @@ class Column:
     cell: Callable[[Arm, Diagnosis], str]
     sweep: bool = False
     """Whether the small table of the thread sweep has it."""
+
+    @property
+    def name(self) -> str:
+        """The header in one line."""
+        return self.header.replace("\n/", "/").replace("\n", " ")
 
 
 def columns(diagnosis: Diagnosis) -> list[Column]:
@@ -81,14 +86,17 @@ def noise(machine: Machine) -> str:
     return f"This machine is busy ({why}): trust the switches, not the times."
 
 
+def counted(count: int, thing: str) -> str:
+    """As ``1 thread`` or ``2 threads``."""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 def where(machine: Machine) -> str:
     """The machine in one line."""
-    cpus = f"{machine.cpus} CPU{'s' * (machine.cpus != 1)}"
-    cores = f"{machine.cores} core{'s' * (machine.cores != 1)}"
     paid = "" if machine.quota is None else f", a quota of {number(machine.quota)} CPUs"
     pools = ", ".join(machine.runtimes) or "none found"
     return plain(
-        f"{cpus} on {cores}{paid}; {machine.system}; Python {machine.python}; "
+        f"{counted(machine.cpus, 'CPU')} on {counted(machine.cores, 'core')}{paid}; {machine.system}; Python {machine.python}; "
         f"native thread pools: {pools}"
     )
 
@@ -178,7 +186,7 @@ COLUMNS = (
         sweep=True,
     ),
     Column(
-        header="taken\n/call",
+        header="preempted\n/call",
         meaning="involuntary context switches: how often in each call another thread took the CPU",
         cell=per_call(lambda arm: arm.involuntary_switches / max(1, arm.calls)),
     ),

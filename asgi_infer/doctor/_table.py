@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ._figures import Column, columns, noise, plain, where
+from ._figures import Column, columns, counted, noise, plain, where
 from ._results import Arm, Diagnosis, Finding
 
 WORDS = {"problem": "PROBLEM", "advice": "ADVICE", "fine": "FINE"}
@@ -30,7 +30,7 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     if diagnosis.machine.noisy:
         console.print(Text(noise(diagnosis.machine), style="bold yellow"), end="\n\n")
     target = plain(f"{diagnosis.target}.{diagnosis.call}")
-    console.print(Text(f"{target}, {diagnosis.clients} clients", style="bold"))
+    console.print(Text(f"{target}, {counted(diagnosis.clients, 'client')}", style="bold"))
     console.print(Text(where(diagnosis.machine), style="dim"), end="\n\n")
     shown = columns(diagnosis)
     _print_arms(console, diagnosis, diagnosis.arms, "how it was run", shown)

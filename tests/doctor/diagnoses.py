@@ -228,7 +228,7 @@ def many_threads() -> Diagnosis:
 
 
 def hostile() -> Diagnosis:
-    """Names that try to be markup, mathematics, terminal control and more than the page's width."""
+    """Names that try to be markup, mathematics, terminal control, and far too long."""
     name = '<script>alert("1")</script> & [bold]$x^2$ \x1b[31m\n' + "very_long_name_" * 12
     arms = tuple(
         replace(
