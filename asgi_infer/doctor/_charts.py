@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
@@ -43,7 +42,7 @@ class Picture:
     title: str
     note: str
     """What to look for, or what is to be seen."""
-    svg: Markup
+    svg: str
 
 
 def colour(arm: Arm) -> str:
@@ -277,6 +276,7 @@ def _curve(title: str, note: str, points: Sequence[tuple[Arm, float]]) -> Pictur
     plot.plot(values, "o-", color=COLOURS["runner"], markersize=8, linewidth=2, clip_on=False)
     plot.set_xlim(0, max(1, len(values) - 1))
     plot.set_ylim(0, 1.35 * max(values) or 1)
+    plot.axhline(0, color=COLOURS["line"], linewidth=1)
     for place, value in enumerate(values):
         above = {"xytext": (0, 14), "textcoords": "offset pixels"}
         plot.annotate(number(value), (place, value), ha="center", weight="bold", **above)

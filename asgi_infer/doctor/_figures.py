@@ -75,6 +75,13 @@ def plain(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in " ".join(text.split()))
 
 
+def code(line: str) -> str:
+    """A line of code, so with its indentation, without what :func:`plain` takes out."""
+    return " " * (len(line) - len(line.lstrip())) + "".join(
+        each if each.isprintable() else "?" for each in line.strip()
+    )
+
+
 def noise(machine: Machine) -> str:
     """Why times moved meanwhile, and what holds nevertheless."""
     reasons = [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from importlib.resources import files
+from collections.abc import Callable
+from pathlib import Path
 
 import jinja2
 from markupsafe import Markup, escape
@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from . import _charts
 from ._figures import (
     ARMS,
-    NONE,
+    code,
     columns,
     counted,
     duration,
@@ -23,7 +23,12 @@ from ._figures import (
 from ._results import Arm, Diagnosis
 from ._svg import settings
 
-TEMPLATE = "report.html.jinja"
+GAINS: dict[str, Callable[[Arm], str]] = {
+    "calls per second": lambda arm: number(arm.calls_per_second),
+    "sleeps per call": lambda arm: number(arm.switches_per_call),
+    "/health, 99th percentile": lambda arm: duration(arm.health_latency(99)),
+}
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def report(diagnosis: Diagnosis) -> str:
@@ -60,14 +65,17 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(plain=plain, words=_words)
-    assert __package__
-    return environment.from_string(files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
+    environment.filters.update(plain=plain, code=code, words=_words)
+    return environment.from_string(TEMPLATE.read_text("utf-8"))
 
 
 def _words(text: str) -> Markup:
     """Prose, in which `code` is code."""
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(plain(text)))))
+    parts = plain(text).split("`")
+    if len(parts) % 2 == 0:  # one of them is not a quotation mark
+        return escape(plain(text))
+    tag = Markup("<code>{}</code>")
+    return Markup("").join(tag.format(p) if n % 2 else p for n, p in enumerate(parts))
 
 
 def _gains(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
@@ -75,11 +83,4 @@ def _gains(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     before, after = diagnosis.arm("def"), diagnosis.arm("runner")
     if before is None or after is None or not before.calls or not after.calls:
         return []
-    return [(name, text(before), text(after)) for name, text in GAINS.items()]
-
-
-GAINS = {
-    "calls per second": lambda arm: number(arm.calls_per_second),
-    "sleeps per call": lambda arm: number(arm.switches_per_call),
-    "/health, 99th percentile": lambda arm: duration(arm.health_latency(99)),
-}
+    return [(name, figure(before), figure(after)) for name, figure in GAINS.items()]

@@ -11,9 +11,10 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import matplotlib as mpl
-from markupsafe import Markup, escape
+from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -70,34 +71,30 @@ def axes(height: float, *, left: float = 0, right: float = 0, bottom: float = 0)
     return plot
 
 
-def inline(plot: Axes, *, key: str, label: str) -> Markup:
-    """The figure as an ``<svg>`` element.
+def inline(plot: Axes, *, key: str, label: str) -> str:
+    """The plot's figure as an ``<svg>`` element.
 
     :param key: unique in the page: ids in the element begin with it.
     :param label: what the picture says, in words, for those who cannot see it.
     """
     target = io.StringIO()
-    figure = plot.get_figure(root=True)
-    assert figure is not None
+    figure = cast("Figure", plot.figure)
     figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
     svg = target.getvalue()
-    svg = svg[svg.index("<g ") : svg.rindex("</svg>")]
-    height = figure.get_figheight() * 72
-    return Markup('<svg role="img" aria-label="{}" viewBox="0 0 {:g} {:g}">{}</svg>').format(
-        label, WIDTH, height, Markup(_for_page(svg, key))
-    )
+    drawn = _for_page(svg[svg.index("<g ") : svg.rindex("</svg>")], key)
+    size = f'viewBox="0 0 {WIDTH:g} {figure.get_figheight() * 72:g}"'
+    return f'<svg role="img" aria-label="{escape(label)}" {size}>{drawn}</svg>'
 
 
 def _for_page(svg: str, key: str) -> str:
     referred = set(re.findall(r'(?:url\(|href=")#(\w+)', svg))
-    prefix = str(escape(key))
 
     def keep(match: re.Match[str]) -> str:
-        return f' id="{prefix}-{match[1]}"' if match[1] in referred else ""
+        return f' id="{key}-{match[1]}"' if match[1] in referred else ""
 
     svg = re.sub(r' id="([^"]*)"', keep, svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
-    svg = re.sub(r'xlink:href="#', f'href="#{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{key}-", svg)
+    svg = re.sub(r'xlink:href="#', f'href="#{key}-', svg)
     svg = re.sub(r" font-family: [^;\"]*;?| ?transform=\"rotate\(-0 [^)]*\)\"", "", svg)
     svg = re.sub(r"\s*\n\s*", " ", svg)
     for role, colour in COLOURS.items():

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ._figures import Column, columns, counted, noise, plain, where
+from ._figures import Column, code, columns, counted, noise, plain, where
 from ._results import Arm, Diagnosis, Finding
 
 WORDS = {"problem": "PROBLEM", "advice": "ADVICE", "fine": "FINE"}
@@ -91,10 +91,5 @@ def _print_finding(console: Console, finding: Finding) -> None:
         console.print()
     for line in finding.lines:
         # To be copied: never broken into two, however narrow the terminal is.
-        console.print(Text(f"    {_code(line)}", style="cyan"), soft_wrap=True)
+        console.print(Text(f"    {code(line)}", style="cyan"), soft_wrap=True)
     console.print()
-
-
-def _code(line: str) -> str:
-    indentation = len(line) - len(line.lstrip())
-    return " " * indentation + plain(line)
