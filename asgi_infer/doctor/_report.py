@@ -11,13 +11,17 @@ from markupsafe import Markup, escape
 from . import _charts
 from ._figures import (
     ARMS,
+    NONE,
     code,
     columns,
     counted,
     duration,
     noise,
     number,
+    of_sweep,
     plain,
+    target,
+    verdicts,
     where,
 )
 from ._results import Arm, Diagnosis
@@ -42,12 +46,11 @@ def report(diagnosis: Diagnosis) -> str:
     with settings():
         page = _template().render(
             diagnosis=diagnosis,
-            findings=[
-                finding
-                for finding in diagnosis.findings
-                if finding.key != "noise" or not diagnosis.machine.noisy  # which has its own place
-            ],
+            findings=verdicts(diagnosis),
             noise=noise(diagnosis.machine) if diagnosis.machine.noisy else "",
+            target=target(diagnosis),
+            title=lambda arm: plain(arm.title),
+            of_sweep=of_sweep,
             clients=counted(diagnosis.clients, "client"),
             where=where(diagnosis.machine),
             gains=_gains(diagnosis),
@@ -83,4 +86,5 @@ def _gains(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     before, after = diagnosis.arm("def"), diagnosis.arm("runner")
     if before is None or after is None or not before.calls or not after.calls:
         return []
-    return [(name, figure(before), figure(after)) for name, figure in GAINS.items()]
+    gains = [(name, figure(before), figure(after)) for name, figure in GAINS.items()]
+    return [gain for gain in gains if NONE not in gain]
