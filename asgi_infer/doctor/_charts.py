@@ -120,7 +120,7 @@ def _draw_threads(plot: Axes, arm: Arm, rows: Sequence[Row], seconds: float) -> 
 
 def _thread_rows(arm: Arm) -> list[Row]:
     model = model_threads(arm)
-    room = MOST_ROWS - 2 if len(model) >= MOST_ROWS else MOST_ROWS
+    room = MOST_ROWS - 1 if len(model) > MOST_ROWS else MOST_ROWS
     rows = [Row(label=_thread_label(arm, t), cpu=t.cpu, loop=False) for t in model[:room]]
     others = [thread.cpu for thread in model[room:]]
     if others:
@@ -263,7 +263,7 @@ def sweep(arms: Sequence[Arm]) -> list[Picture]:
     return [
         _curve(
             "Calls per second, by native threads",
-            f"Most with {of_sweep(best)}.",
+            f"The most comes out with {of_sweep(best)}.",
             [(arm, arm.calls_per_second) for arm in arms],
         ),
         _curve(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ._results import Arm, Diagnosis, Finding, Machine, ThreadTrace
 
@@ -91,8 +91,18 @@ def target(diagnosis: Diagnosis) -> str:
 
 
 def verdicts(diagnosis: Diagnosis) -> list[Finding]:
-    """The findings but for noise, which is said before all the rest, and by :func:`noise`."""
-    return [finding for finding in diagnosis.findings if finding.key != "noise"]
+    """The findings, without lines of code that another one before has shown.
+
+    Noise is not among them: it is said before all the rest, by :func:`noise`.
+    """
+    found: list[Finding] = []
+    for finding in diagnosis.findings:
+        if finding.lines and any(finding.lines == before.lines for before in found):
+            detail = f"{finding.detail} The lines to write are those above."
+            found.append(replace(finding, detail=detail, lines=()))
+        elif finding.key != "noise":
+            found.append(finding)
+    return found
 
 
 def noise(machine: Machine) -> str:

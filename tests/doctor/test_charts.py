@@ -79,8 +79,16 @@ def test_loop_that_runs_the_model() -> None:
 def test_many_threads_share_a_strip() -> None:
     """Of many threads the busiest have strips of their own, and the others one together."""
     pictures = _charts.threads(diagnoses.many_threads().arms)
-    assert all("58 others, mean" in words(picture) for picture in pictures)
+    assert all("57 others, mean" in words(picture) for picture in pictures)
     assert all(picture.note.startswith("64 threads, 51") for picture in pictures)
+
+
+@pytest.mark.parametrize(("count", "strips"), [(8, 8), (9, 8)])
+def test_most_strips(count: int, strips: int) -> None:
+    """No strip stands for others while there is room for each."""
+    (picture,) = _charts.threads([arm_of(*[steady(0.5)] * count)])
+    assert words(picture).count("50\u00a0%") == strips
+    assert ("2 others, mean" in words(picture)) == (count > strips)
 
 
 def test_long_traces_are_condensed() -> None:
@@ -139,7 +147,7 @@ def test_sweep() -> None:
     speed, cores = _charts.sweep(diagnoses.throttled().sweep)
     assert words(speed) == ["57.0", "100", "30.7", "1", "2", "4"]
     assert words(cores)[:3] == ["0.99", "1.0", "0.80"]
-    assert speed.note == "Most with 2."
+    assert speed.note == "The most comes out with 2."
 
 
 def test_colours_of_arms() -> None:

@@ -64,6 +64,17 @@ def test_noise_names_its_reasons() -> None:
     assert "(not quiet)" in _figures.noise(quiet)
 
 
+def test_lines_of_code_are_shown_once() -> None:
+    """A finding with the same lines as one before points to them, and noise is no verdict."""
+    again = replace(diagnoses.LOOP_BLOCKED, lines=diagnoses.TWO_POOLS.lines)
+    findings = (*diagnoses.noisy().findings, again, diagnoses.PAGE_FAULTS)
+    first, second, third = _figures.verdicts(replace(diagnoses.noisy(), findings=findings))
+    assert first == diagnoses.TWO_POOLS
+    assert second.lines == ()
+    assert second.detail.endswith("The lines to write are those above.")
+    assert third == diagnoses.PAGE_FAULTS
+
+
 def test_machine_in_one_line() -> None:
     """One is one, two are several, and a quota is said where there is one."""
     assert _figures.where(diagnoses.MACHINE) == (

@@ -149,6 +149,7 @@ def test_verdict_comes_first() -> None:
     ]
     gains = read.inside("dd", "span")
     assert gains[:4] == ["25.0 \u2192", "100", "1313 \u2192", "4.6"]
+    assert page(diagnoses.noisy).text.count("\u2192") == 1  # the times say nothing there
 
 
 def test_figures_are_in_the_table() -> None:
