@@ -1,6 +1,7 @@
 """A model that web servers slow down, to try the doctor on. Nothing in here knows of servers.
 
-    asgi-infer doctor examples.throttled:Classifier --call predict --input examples.throttled:sample
+    asgi-infer doctor examples.throttled:Classifier \\
+        --call predict --input examples.throttled:sample
 """
 
 from __future__ import annotations
