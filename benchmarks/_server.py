@@ -12,7 +12,6 @@ import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,7 +21,7 @@ from asgi_infer.fastapi import RunnerDep
 from asgi_infer.native import openmp
 
 from ._children import answer
-from ._models import Model, loader, warm_up
+from ._models import Model, add_options, loader, warm_up
 
 
 def in_the_loop(app: FastAPI, model: Model) -> None:
@@ -102,13 +101,13 @@ def serve(app: FastAPI) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks._server")
     parser.add_argument("arm", choices=[*ALTERNATIVES, "runner"])
-    parser.add_argument("--model", type=Path)
+    add_options(parser)
     parser.add_argument("--nice", type=int)
     parser.add_argument("--keep-pool", action="store_true", help="of the main thread")
     options = parser.parse_args()
     if options.keep_pool:
         openmp.release_pools = lambda: 0
-    serve(application(options.arm, loader(options.model), options.nice))
+    serve(application(options.arm, loader(options.model, options.file), options.nice))
 
 
 if __name__ == "__main__":
