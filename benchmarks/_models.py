@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ._children import answer
 
 DIGITS = 200  # in each call
-ROWS = 2000  # likewise
+ROWS = 5000  # likewise
 
 
 class Model(Protocol):
@@ -86,15 +86,17 @@ class TorchConvolution:
 
 
 class Temporaries:
-    """Arithmetic of NumPy, with three arrays of 32 MiB that live for one call."""
+    """Arithmetic of NumPy in four steps, each of which makes another array of 32 MiB."""
 
     def __init__(self) -> None:
         numpy = import_module("numpy")
         self._values = numpy.random.default_rng(0).random(2**23, dtype=numpy.float32)
 
     def predict(self) -> int:
-        double, more = self._values * 2, self._values + 1
-        return int((double * more)[0])
+        values = self._values
+        for factor in (2, 3, 5, 7):
+            values = values * factor
+        return int(values[0])
 
 
 class Detector:
@@ -115,7 +117,7 @@ class Detector:
             str(network), options, providers=["CPUExecutionProvider"]
         )
         numpy = import_module("numpy")
-        image = numpy.random.default_rng(0).random((1, 3, 320, 320), dtype=numpy.float32)
+        image = numpy.random.default_rng(0).random((1, 3, 384, 384), dtype=numpy.float32)
         self._inputs = {self._session.get_inputs()[0].name: image}
 
     def predict(self) -> int:
@@ -140,7 +142,7 @@ def train_digits(iterations: int) -> tuple[Any, Any]:
 def train_lightgbm(iterations: int) -> tuple[Any, Any]:
     lightgbm, numpy = import_module("lightgbm"), import_module("numpy")
     random = numpy.random.default_rng(0)
-    rows = random.random((10 * ROWS, 20))
+    rows = random.random((4 * ROWS, 20))
     large = rows[:, 0] + rows[:, 1] ** 2 + 0.3 * random.random(len(rows)) > 0.8
     classifier = lightgbm.LGBMClassifier(n_estimators=iterations, verbose=-1).fit(rows, large)
     return classifier.booster_, rows[:ROWS]

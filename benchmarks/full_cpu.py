@@ -16,9 +16,9 @@ _TITLES = {
     "digits": "scikit-learn's HistGradientBoosting, 200 digits a call",
     "torch-operations": "200 small operations of PyTorch a call",
     "torch-convolution": "a small convolution net of PyTorch",
-    "temporaries": "NumPy arithmetic with temporaries of 32 MiB",
+    "temporaries": "NumPy arithmetic with four temporaries of 32 MiB",
     "detector": "the text detector of an OCR engine, on ONNX Runtime",
-    "lightgbm": "LightGBM, 2000 rows a call",
+    "lightgbm": "LightGBM, 5000 rows a call",
 }
 
 _LOOP_METRICS = [
@@ -31,7 +31,7 @@ _LOOP_METRICS = [
 _LOOP_NOTE = (
     "All in a loop, without a server. submit: runner.submit(...).result(); run: await\n"
     "runner.run(...). Switches are voluntary context switches of all native threads: of these,\n"
-    "the way to the runner and back takes two or three a call, whatever the model."
+    "the way to the runner and back takes one to three a call, whatever the model."
 )
 
 
