@@ -34,16 +34,19 @@ def figure(
     *,
     title: str,
     comparisons: Sequence[Comparison],
+    retain: bool = False,
     rounds: int = 5,
 ) -> Figure:
     """The script, the runner, and the usual ways to serve a model.
 
     :param title: of the model
+    :param retain: with an arm ``retain_memory``, of the runner
     """
-    arms = {
+    arms: dict[str, Callable[[Scale], Sample]] = {
         # The two that are held against each other most closely follow each other.
         "script": lambda scale: script(load.model, scale),
         "runner": server(load, "runner"),
+        **({"retain_memory": server(load, "runner", "--retain-memory")} if retain else {}),
         "def": server(load, "def"),
         "executor": server(load, "executor"),
         "async def": server(load, "async def", model_in_loop=True),
