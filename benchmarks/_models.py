@@ -109,9 +109,7 @@ class Detector:
         assert package.origin is not None
         network = Path(package.origin).with_name("models") / "ch_PP-OCRv4_det_infer.onnx"
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = (
-            import_module("asgi_infer.native").NativePolicy().thread_count
-        )
+        options.intra_op_num_threads = import_module("asgi_infer.native").thread_count()
         options.inter_op_num_threads = 1
         self._session = runtime.InferenceSession(
             str(network), options, providers=["CPUExecutionProvider"]
