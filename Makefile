@@ -11,10 +11,10 @@ OCR := "rapidocr-onnxruntime>=1.4,<2; python_version < '3.13'"
 QUIET_PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types unit soak bench test-matrix clean
+.PHONY: help run test lint types unit soak bench bench-full-cpu test-matrix clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 run: $(RUN_STAMP) ## serve the digits example on http://127.0.0.1:8000
 	@$(BIN)/python -m examples.digits --host $(HOST) --port $(PORT)
@@ -40,6 +40,11 @@ soak: $(DEV_STAMP) ## the tests that take minutes
 bench: $(RUN_STAMP) ## measure against the alternatives; writes benchmarks/results/
 	@$(BIN)/python $(QUIET_PIP) install --group bench
 	@$(BIN)/python -m benchmarks
+
+bench-full-cpu: $(RUN_STAMP) ## the same for models that want every CPU, and beside other servers
+	@$(BIN)/python $(QUIET_PIP) install --group bench-full-cpu
+	@$(BIN)/python $(QUIET_PIP) install --no-deps $(OCR)
+	@$(BIN)/python -m benchmarks --set full-cpu
 
 test-matrix: ## the tests on every Python at hand, and with the lowest dependencies
 	@$(PYTHON) tests/matrix.py

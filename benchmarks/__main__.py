@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import digits, handoff, million, web
+from . import digits, full_cpu, handoff, million, web
 from ._children import ROOT
 from ._figure import FULL, QUICK, Benchmark, Figure
 from ._report import as_json, table
 
-FIGURES = [*handoff.FIGURES, *digits.FIGURES, *web.FIGURES, *million.FIGURES]
+SETS: dict[str, Sequence[Figure]] = {
+    "default": [*handoff.FIGURES, *digits.FIGURES, *web.FIGURES, *million.FIGURES],
+    "full-cpu": full_cpu.FIGURES,
+}
 _PATIENCE = (
     "seconds, for each figure, to wait for other processes to be quiet, and to repeat what they "
     "have spoilt (default: %(default)s)"
@@ -21,18 +24,20 @@ _PATIENCE = (
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def chosen(names: Sequence[str]) -> list[Figure]:
-    """The figures of these names, all without one; ``handoff`` stands for every ``handoff-...``.
+def chosen(names: Sequence[str], of_set: str = "default") -> list[Figure]:
+    """The figures of these names; ``handoff`` stands for every ``handoff-...``.
 
+    :param of_set: without a name, all of this set
     :raises SystemExit: there is none of a name
     """
+    figures = [figure for each in SETS.values() for figure in each]
     for name in names:
-        if not any(_matches(figure, name) for figure in FIGURES):
-            known = ", ".join(figure.name for figure in FIGURES)
+        if not any(_matches(figure, name) for figure in figures):
+            known = ", ".join(figure.name for figure in figures)
             raise SystemExit(f"there is no figure {name!r}: choose from {known}")
     if not names:
-        return FIGURES
-    return [figure for figure in FIGURES if any(_matches(figure, name) for name in names)]
+        return list(SETS[of_set])
+    return [figure for figure in figures if any(_matches(figure, name) for name in names)]
 
 
 def _matches(figure: Figure, name: str) -> bool:
@@ -46,7 +51,8 @@ def write(path: Path, values: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("figures", nargs="*", metavar="NAME", help="by default all")
+    parser.add_argument("figures", nargs="*", metavar="NAME", help="by default a whole set")
+    parser.add_argument("--set", choices=SETS, default="default", help="by default: %(default)s")
     parser.add_argument("--rounds", type=int, help="for every figure; each has its own default")
     parser.add_argument("--quick", action="store_true", help="a first look, not to be quoted")
     parser.add_argument("--json", type=Path, help="write all figures to this file as well")
@@ -54,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     scale = QUICK if options.quick else FULL
     everything = []
-    for figure in chosen(options.figures):
+    for figure in chosen(options.figures, options.set):
         benchmark = Benchmark(figure, scale, patience=options.patience)
         result = benchmark.run(options.rounds)
         print(f"\n{table(result)}\n", flush=True)

@@ -26,7 +26,7 @@ class Scale:
     passes: int  # of the hand-off, in each process
     calls: int  # in each pass with many callers
     million: int  # calls for the figure of that name
-    iterations: int  # of boosting: how large the model of the digits is; 0: a no-op in its place
+    iterations: int  # of boosting, for trained models; 0: a no-op in the place of every model
     rounds: int | None = None  # None: as many as each figure asks for
 
 
@@ -68,12 +68,14 @@ class Comparison:
             return value >= self.at_least
         return None if self.at_most is None else value <= self.at_most
 
-    def value(self, measured: Round) -> float:
-        """The figure of one round."""
-        own = measured[self.arm][self.metric]
-        if self.against is None:
+    def value(self, measured: Round) -> float | None:
+        """The figure of one round; None if an arm could not be measured."""
+        own = measured[self.arm].get(self.metric)
+        if self.against is None or own is None:
             return own
-        other = measured[self.against][self.metric]
+        other = measured[self.against].get(self.metric)
+        if other is None:
+            return None
         return own / other if other else float("inf")
 
 
@@ -81,11 +83,29 @@ Step = Callable[[Scale], Round]
 """Measures some arms, or one, for one round."""
 
 
+class Unavailable(Exception):
+    """An arm can't be measured here. The others are, and the report says why this one is not.
+
+    :param reason: ends the sentence that it was not measured
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.arm = ""  # which one; set by its step
+
+
 def one_by_one(arms: Mapping[str, Callable[[Scale], Sample]]) -> list[Step]:
     """The steps of arms that have nothing in common."""
 
     def step(name: str, measure: Callable[[Scale], Sample]) -> Step:
-        return lambda scale: {name: measure(scale)}
+        def run(scale: Scale) -> Round:
+            try:
+                return {name: measure(scale)}
+            except Unavailable as error:
+                error.arm = name
+                raise
+
+        return run
 
     return [step(name, measure) for name, measure in arms.items()]
 
@@ -130,15 +150,18 @@ class Result:
     rounds: list[Round] = field(default_factory=list)
     noise: list[Noise] = field(default_factory=list)  # during each step of each round
     repeated: int = 0  # steps that were measured again because others had spoilt them
+    unavailable: dict[str, str] = field(default_factory=dict)  # why, by arm
 
     def spread(self, arm: str, metric: str) -> Spread | None:
         """One cell of the table; None where the arm has no such metric."""
         values = [each[arm][metric] for each in self.rounds if metric in each[arm]]
         return Spread.of(values) if values else None
 
-    def compare(self, comparison: Comparison) -> Spread:
+    def compare(self, comparison: Comparison) -> Spread | None:
         """Pair by pair: within one round the arms saw the same machine."""
-        return Spread.of([comparison.value(each) for each in self.rounds])
+        values = [comparison.value(each) for each in self.rounds]
+        measured = [value for value in values if value is not None]
+        return Spread.of(measured) if measured else None
 
 
 class Benchmark:
@@ -169,13 +192,20 @@ class Benchmark:
         while True:
             start = time.monotonic()
             meter = NoiseMeter(self._wait_for_quiet())
-            measured = step(self._scale)
+            measured = self._run(step)
             noise = meter.read()
             if not noise.busy or self._patience <= 0:
                 self._result.noise.append(noise)
                 return measured
             self._patience -= time.monotonic() - start
             self._result.repeated += 1
+
+    def _run(self, step: Step) -> Round:
+        try:
+            return step(self._scale)
+        except Unavailable as error:
+            self._result.unavailable[error.arm] = str(error)
+            return {error.arm: {}}
 
     def _wait_for_quiet(self) -> float:
         """Wait while patience lasts; return the pressure of the last moment."""

@@ -77,9 +77,16 @@ def is_whole(response: bytes) -> bool:
     return len(response) >= head + 4 + int(length[1])
 
 
-async def connect(port: int, path: str, on_response: OnResponse) -> Connection:
+def request_for(path: str, body: str | None) -> bytes:
+    """A GET without a body, a POST of JSON with one."""
+    head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+    if body is not None:
+        head += f"content-type: application/json\r\ncontent-length: {len(body.encode())}\r\n"
+    return f"{head}\r\n{body or ''}".encode()
+
+
+async def connect(port: int, request: bytes, on_response: OnResponse) -> Connection:
     """A connection to a server on this machine."""
-    request = f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode()
     loop = asyncio.get_running_loop()
     _, connection = await loop.create_connection(
         lambda: Connection(request, on_response), "127.0.0.1", port
@@ -87,7 +94,9 @@ async def connect(port: int, path: str, on_response: OnResponse) -> Connection:
     return connection
 
 
-async def load(port: int, path: str, *, connections: int, warmup: float, seconds: float) -> None:
+async def load(
+    port: int, request: bytes, *, connections: int, warmup: float, seconds: float
+) -> None:
     """Keep every connection waiting for a response; count the responses."""
     count = 0
 
@@ -96,7 +105,7 @@ async def load(port: int, path: str, *, connections: int, warmup: float, seconds
         count += 1
         connection.send()
 
-    clients = [await connect(port, path, again) for _ in range(connections)]
+    clients = [await connect(port, request, again) for _ in range(connections)]
     for client in clients:
         client.send()
     await _unless_broken(clients, asyncio.sleep(warmup))
@@ -109,7 +118,7 @@ async def load(port: int, path: str, *, connections: int, warmup: float, seconds
         client.close()
 
 
-async def probe(port: int, path: str, *, seconds: float) -> None:
+async def probe(port: int, request: bytes, *, seconds: float) -> None:
     """Ask every 20 ms, whether or not the last answer has come, and time each answer.
 
     A prober that waited for its answers would ask a stalled server less often, and so see less
@@ -125,7 +134,7 @@ async def probe(port: int, path: str, *, seconds: float) -> None:
 
     async def ask() -> None:
         if not free:
-            free.append(await connect(port, path, arrived))
+            free.append(await connect(port, request, arrived))
             every.append(free[-1])
         free.pop().send()
 
@@ -207,16 +216,18 @@ def main() -> None:
     parser.add_argument("role", choices=["load", "probe"])
     parser.add_argument("port", type=int)
     parser.add_argument("path")
+    parser.add_argument("--body", help="JSON to POST; without it, requests are GETs")
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--warmup", type=float, default=0.0)
     parser.add_argument("--seconds", type=float, default=1.0)
     options = parser.parse_args()
+    request = request_for(options.path, options.body)
     if options.role == "probe":
-        client = probe(options.port, options.path, seconds=options.seconds)
+        client = probe(options.port, request, seconds=options.seconds)
     else:
         client = load(
             options.port,
-            options.path,
+            request,
             connections=options.connections,
             warmup=options.warmup,
             seconds=options.seconds,

@@ -21,6 +21,9 @@ _PACKAGES = (
     "uvicorn",
     "numpy",
     "scikit-learn",
+    "torch",
+    "onnxruntime",
+    "lightgbm",
 )
 
 
@@ -31,6 +34,8 @@ def table(result: Result) -> str:
     lines += _columns(_arm_rows(result))
     if figure.comparisons:
         lines += ["", *_columns(_comparison_rows(result))]
+    lines += [""] * bool(result.unavailable)
+    lines += [f"{arm} was not measured: {why}" for arm, why in result.unavailable.items()]
     if figure.notes:
         lines += ["", figure.notes]
     return "\n".join(lines)
@@ -47,6 +52,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "rounds": result.rounds,
         "noise": [asdict(each) for each in result.noise],
         "repeated": result.repeated,
+        "unavailable": result.unavailable,
         "machine_busy": any(each.busy for each in result.noise),
         "environment": environment(),
     }
@@ -99,12 +105,17 @@ def _arm_cell(result: Result, arm: str, metric: Metric) -> str:
 def _comparison_rows(result: Result) -> list[list[str]]:
     rows = [["compared, round by round", "measured", "to reach", "reached"]]
     for comparison in result.figure.comparisons:
-        spread = result.compare(comparison)
-        reached = comparison.reached(spread.median)
+        spread, reached = _compare(result, comparison)
         verdict = "-" if reached is None else ("yes" if reached else "NO")
-        name = _comparison_name(result, comparison)
-        rows.append([name, _cell(spread, 2), comparison.target, verdict])
+        cell = "-" if spread is None else _cell(spread, 2)
+        rows.append([_comparison_name(result, comparison), cell, comparison.target, verdict])
     return rows
+
+
+def _compare(result: Result, comparison: Comparison) -> tuple[Spread | None, bool | None]:
+    """What was measured, and whether that is what was to be reached."""
+    spread = result.compare(comparison)
+    return spread, None if spread is None else comparison.reached(spread.median)
 
 
 def _comparison_name(result: Result, comparison: Comparison) -> str:
@@ -133,6 +144,6 @@ def _arm_json(result: Result, arm: str) -> dict[str, Any]:
 
 
 def _comparison_json(result: Result, comparison: Comparison) -> dict[str, Any]:
-    spread = result.compare(comparison)
-    reached = comparison.reached(spread.median)
-    return {**asdict(comparison), "measured": asdict(spread), "reached": reached}
+    spread, reached = _compare(result, comparison)
+    measured = None if spread is None else asdict(spread)
+    return {**asdict(comparison), "measured": measured, "reached": reached}

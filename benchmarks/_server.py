@@ -12,7 +12,6 @@ import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,7 +21,7 @@ from asgi_infer.fastapi import RunnerDep
 from asgi_infer.native import openmp
 
 from ._children import answer
-from ._models import Model, loader, warm_up
+from ._models import Model, add_options, loader, warm_up
 
 
 def in_the_loop(app: FastAPI, model: Model) -> None:
@@ -62,7 +61,7 @@ def in_the_runner(app: FastAPI, load: Callable[[], Model], native: NativePolicy)
         return digit
 
 
-def application(arm: str, load: Callable[[], Model], nice: int | None) -> FastAPI:
+def application(arm: str, load: Callable[[], Model], native: NativePolicy) -> FastAPI:
     """The application of one arm."""
     model = load()
     warm_up(model)
@@ -73,7 +72,7 @@ def application(arm: str, load: Callable[[], Model], nice: int | None) -> FastAP
         return "ok"
 
     if arm == "runner":
-        in_the_runner(app, load, NativePolicy() if nice is None else NativePolicy(nice=nice))
+        in_the_runner(app, load, native)
     else:
         ALTERNATIVES[arm](app, model)
     return app
@@ -102,13 +101,15 @@ def serve(app: FastAPI) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks._server")
     parser.add_argument("arm", choices=[*ALTERNATIVES, "runner"])
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--nice", type=int)
+    add_options(parser)
+    parser.add_argument("--nice", type=int, default=NativePolicy.nice)
+    parser.add_argument("--retain-memory", action="store_true")
     parser.add_argument("--keep-pool", action="store_true", help="of the main thread")
     options = parser.parse_args()
     if options.keep_pool:
         openmp.release_pools = lambda: 0
-    serve(application(options.arm, loader(options.model), options.nice))
+    native = NativePolicy(nice=options.nice, retain_memory=options.retain_memory)
+    serve(application(options.arm, loader(options.model, options.file), native))
 
 
 if __name__ == "__main__":

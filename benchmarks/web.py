@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ._figure import Comparison, Figure, Metric, Sample, Scale, one_by_one
 from ._load import Load, serve
 
-_LOAD = Load(connections=32, digits=False)
+_LOAD = Load(connections=32)
 
 
 def _server(arm: str) -> Callable[[Scale], Sample]:

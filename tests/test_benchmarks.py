@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from asgi_infer.native.noise import Noise
 from asgi_infer.native.procfs import ThreadCounters, all_thread_counters
 from benchmarks import __main__ as program
-from benchmarks import _figure, _http
+from benchmarks import _figure, _http, _rival
 from benchmarks._children import Child, ChildError, once
 from benchmarks._figure import (
     QUICK,
@@ -24,17 +25,23 @@ from benchmarks._figure import (
     Metric,
     Result,
     Round,
+    Sample,
     Scale,
     Spread,
+    Unavailable,
     one_by_one,
 )
-from benchmarks._load import Load, serve
+from benchmarks._load import Load, script, serve
+from benchmarks._models import PACKAGES
 from benchmarks._report import as_json, table
+from benchmarks._rival import RivalError
 from benchmarks._usage import Usage, total, used_between
 
 QUIET = Noise(pressure=0.0, others=0.0, stolen=0.0)
 BUSY = Noise(pressure=0.2, others=0.5, stolen=0.0)
 TINY = Scale(seconds=0.05, warmup=0.0, passes=1, calls=64, million=1100, iterations=0)
+
+FIGURES = [figure for figures in program.SETS.values() for figure in figures]
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read /proc")
 
@@ -84,7 +91,7 @@ def test_ratios_are_taken_within_each_round() -> None:
 
 def test_a_comparison_without_another_arm_is_the_metric_itself() -> None:
     """A bound can be set on a figure as it is."""
-    assert result().compare(Comparison("calls", "ours")).median == 30.0
+    assert result().compare(Comparison("calls", "ours")) == Spread(30.0, 20.0, 60.0)
 
 
 def test_a_ratio_to_nothing_is_infinite() -> None:
@@ -201,6 +208,36 @@ def test_the_json_holds_every_round() -> None:
     assert kept["environment"]["packages"]["asgi-infer"] != "not installed"
 
 
+def test_an_arm_that_can_not_be_measured_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The report has no figure for it, says why, and holds nothing against it."""
+    Others(monkeypatch, [QUIET] * 4)
+
+    def missing(scale: Scale) -> Sample:
+        raise Unavailable("it is not installed")
+
+    both = figure(Comparison("calls", "ours", "theirs", at_least=3), Comparison("calls", "theirs"))
+    arms = one_by_one({"ours": lambda _: {"calls": 1.0}, "theirs": missing})
+    measured = Benchmark(replace(both, steps=arms), TINY).run(2)
+    lines = [" ".join(line.split()) for line in table(measured).splitlines()]
+    assert "theirs was not measured: it is not installed" in lines
+    assert "theirs - -" in lines
+    assert "calls/s: ours / theirs - >= 3 -" in lines
+    kept = json.loads(json.dumps(as_json(measured)))
+    assert kept["unavailable"] == {"theirs": "it is not installed"}
+    assert [each["measured"] for each in kept["comparisons"]] == [None, None]
+
+
+def test_a_model_whose_package_is_missing_can_not_be_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is found out before any process starts, and the message says how to get it."""
+    monkeypatch.setitem(PACKAGES, "temporaries", "no_such_package")
+    with pytest.raises(Unavailable, match=r"no_such_package.*make bench-full-cpu"):
+        script("temporaries", QUICK)
+
+
 # -- choosing ----------------------------------------------------------------------------------
 
 
@@ -208,7 +245,8 @@ def test_a_name_picks_a_figure_or_a_family() -> None:
     """``handoff`` stands for all of its loops; no name stands for everything."""
     assert [each.name for each in program.chosen(["nice"])] == ["nice"]
     assert len(program.chosen(["handoff"])) == 3
-    assert program.chosen([]) == program.FIGURES
+    assert program.chosen([]) == program.SETS["default"]
+    assert program.chosen([], "full-cpu") == program.SETS["full-cpu"]
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
@@ -221,7 +259,7 @@ def test_the_program_prints_a_table_and_writes_both_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each figure gets a file, and ``--json`` gets them all."""
-    monkeypatch.setattr(program, "FIGURES", [figure()])
+    monkeypatch.setitem(program.SETS, "default", [figure()])
     monkeypatch.setattr(program, "RESULTS", tmp_path)
     program.main(
         [
@@ -302,32 +340,143 @@ def test_a_child_that_ends_early_is_an_error() -> None:
         once("_http", "--no-such-option")
 
 
+class Rival:
+    """A server of two processes that counts its threads, answers POSTs, and ends on Ctrl-C."""
+
+    PROGRAM = """
+import http.server, os, sys, time
+if os.fork() == 0:
+    time.sleep(600)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(int(sys.argv[2]))
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+print("a word", flush=True)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+    def __init__(self, status: int = 200) -> None:
+        port = _rival.free_port()
+        command = [sys.executable, "-c", self.PROGRAM, str(port), str(status)]
+        self.server = _rival.RivalServer(command, port, "/predict")
+
+
+@on_linux
+def test_all_processes_of_a_rival_are_counted_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its children that it leaves behind as well."""
+    monkeypatch.setattr(_rival, "_PATIENCE", 4.0)
+    with Rival().server as server:
+        threads = server.read()
+        assert len(threads) == 2
+    assert server.read() == {}
+    assert not any(psutil.pid_exists(pid) for pid in threads)
+
+
+@on_linux
+def test_a_rival_that_does_not_come_up_says_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last word is in the error, and nothing of it is left."""
+    monkeypatch.setattr(_rival, "_PATIENCE", 0.5)
+    with pytest.raises(RivalError, match="does not answer /predict: a word"), Rival(500).server:
+        pass
+
+
+def test_a_rival_that_can_not_be_installed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The installer's last word is the reason."""
+    monkeypatch.setattr(_rival, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[dependency-groups]\nrival-x = ['./missing']\n")
+    with pytest.raises(RivalError, match=r"can't be installed: .*missing"):
+        _rival.environment("x")
+    assert not (tmp_path / ".venv-bench-x" / ".installed").exists()
+
+
+def test_a_rival_is_installed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is not made again, until other packages are asked for."""
+    runs: list[str] = []
+    monkeypatch.setattr(_rival, "ROOT", tmp_path)
+    monkeypatch.setattr(_rival, "_run", lambda command: runs.append(command[2]))
+    (tmp_path / ".venv-bench-x").mkdir()
+    for version in ("1", "1", "2"):
+        group = f"[dependency-groups]\nrival-x = ['x=={version}']\n"
+        (tmp_path / "pyproject.toml").write_text(group)
+        assert _rival.environment("x") == tmp_path / ".venv-bench-x"
+    assert runs == ["venv", "pip"] * 2
+
+
+def test_a_request_is_a_post_if_it_has_a_body() -> None:
+    """The rivals take POSTs only."""
+    get, post = _http.request_for("/x", None), _http.request_for("/x", "{}")
+    assert get == b"GET /x HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    assert post.startswith(b"POST /x HTTP/1.1\r\nhost: 127.0.0.1\r\n")
+    assert post.endswith(b"\r\ncontent-length: 2\r\n\r\n{}")
+
+
 # -- every arm ---------------------------------------------------------------------------------
 
 
 def _round(each: Figure) -> Round:
-    return {arm: sample for step in each.steps for arm, sample in step(TINY).items()}
+    measured: dict[str, Sample] = {}
+    for step in each.steps:
+        try:
+            measured.update(step(TINY))
+        except Unavailable as error:
+            measured[error.arm] = {}
+    return measured
+
+
+def _different(figures: list[Figure]) -> list[Figure]:
+    """Those that differ when there is a no-op in the place of every model."""
+    kinds: dict[object, Figure] = {}
+    for each in sorted(figures, key=lambda figure: len(figure.comparisons)):
+        kinds[each.name if len(each.steps) == 1 else frozenset(each.arms)] = each
+    return list(kinds.values())
 
 
 @on_linux
 def test_every_arm_of_every_figure_yields_finite_figures() -> None:
     """Each runs once, in its own processes, and fills every column that it is to fill."""
+    figures = _different(FIGURES)
     with ThreadPoolExecutor(3) as executor:
-        rounds = executor.map(_round, program.FIGURES)
-        for each, measured in zip(program.FIGURES, rounds, strict=True):
+        for each, measured in zip(figures, executor.map(_round, figures), strict=True):
             assert list(measured) == list(each.arms)
             for arm, sample in measured.items():
                 assert all(map(math.isfinite, sample.values())), (each.name, arm)
             for metric in each.metrics:
                 assert any(metric.key in sample for sample in measured.values()), metric
             for comparison in each.comparisons:
-                assert comparison.value(measured) >= 0, (each.name, comparison)
+                value = comparison.value(measured)
+                assert value is None or value >= 0, (each.name, comparison)
+
+
+def test_the_names_of_figures_are_different() -> None:
+    """Each has a file of its own in the results."""
+    assert len({each.name for each in FIGURES}) == len(FIGURES)
+
+
+def test_figures_compare_what_they_measure() -> None:
+    """Every comparison is of arms and of a metric that its figure has."""
+    for each in FIGURES:
+        for comparison in each.comparisons:
+            assert {comparison.arm, comparison.against or comparison.arm} <= {*each.arms}
+            assert each.label(comparison.metric)
+
+
+@on_linux
+@pytest.mark.parametrize("how", ["main", "submit", "run"])
+def test_a_loop_without_a_server_uses_the_real_model(how: str) -> None:
+    """Arrays of 32 MiB are made on the runner and on the main thread, without any PyTorch."""
+    scale = replace(TINY, iterations=2)
+    sample = script("temporaries", scale, "--how", how, "--retain-memory")
+    assert sample["calls"] > 0
 
 
 @on_linux
 def test_the_digits_are_classified_behind_the_runner() -> None:
     """The real model, trained small, is loaded by the server and answers the load client."""
     scale = replace(TINY, iterations=2, seconds=3.0, warmup=0.1)
-    sample = serve(Load(connections=2, digits=True), scale, "runner")
+    sample = serve(Load(connections=2, model="digits"), scale, "runner")
     assert sample["calls"] > 0
     assert 0 < sample["health_p99"] < math.inf

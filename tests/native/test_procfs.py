@@ -16,6 +16,7 @@ import pytest
 from asgi_infer.native import procfs
 from asgi_infer.native.procfs import ThreadCounters
 
+from ..polling import until_true
 from ..threads import on_new_thread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/task")
@@ -69,7 +70,7 @@ def test_thread_ids() -> None:
     ended = on_new_thread(threading.get_native_id)
     assert threading.get_native_id() in procfs.thread_ids()
     assert on_new_thread(lambda: threading.get_native_id() in procfs.thread_ids())
-    assert ended not in procfs.thread_ids()
+    until_true(lambda: ended not in procfs.thread_ids())  # the kernel takes a moment
 
 
 def test_no_such_thread() -> None:
@@ -248,7 +249,7 @@ def test_all_threads_of_this_process() -> None:
 
     native_id, *names = on_new_thread(read)
     assert names == ["reader", "reader"]
-    assert native_id not in procfs.all_thread_counters()
+    until_true(lambda: native_id not in procfs.all_thread_counters())
 
 
 def test_another_process(child: int) -> None:
