@@ -1,0 +1,73 @@
+"""Where it is measured: the CPUs that there are, who else uses them, and what runs the model."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+from ..native import cpu, noise
+from ._results import Machine
+
+_POOLS = re.compile(
+    r"/(?:lib)?(?:scipy_)?(gomp|iomp5|omp|openblas|mkl_rt|mkl_core|tbb|onnxruntime)\d*[^/]*$"
+)
+_NAMES = {
+    "gomp": "libgomp",
+    "omp": "libomp",
+    "iomp5": "libiomp5",
+    "openblas": "OpenBLAS",
+    "mkl_rt": "MKL",
+    "mkl_core": "MKL",
+    "tbb": "TBB",
+    "onnxruntime": "ONNX Runtime",
+}
+
+
+def describe(quiet: noise.Noise, runtimes: tuple[str, ...]) -> Machine:
+    """This machine.
+
+    :param quiet: what others did in a quiet moment
+    :param runtimes: as ``runtimes`` finds them
+    """
+    budget = cpu.budget()
+    return Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        cpus=len(budget.cpus),
+        cores=budget.cores,
+        quota=budget.quota,
+        pressure=quiet.pressure,
+        others=quiet.others,
+        stolen=quiet.stolen,
+        noisy=quiet.busy,
+        runtimes=runtimes,
+    )
+
+
+def runtimes(pid: int) -> tuple[str, ...]:
+    """The native thread pools that a process has loaded: ``libgomp (scikit_learn)``."""
+    try:
+        text = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    except OSError:
+        return ()  # not Linux
+    return runtimes_of(text)
+
+
+def runtimes_of(maps: str) -> tuple[str, ...]:
+    """Those that a memory map names."""
+    paths = {line[line.index("/") :] for line in maps.splitlines() if "/" in line}
+    found = {
+        f"{_NAMES[match[1]]} ({_package(path)})"
+        for path in paths
+        if ".so" in path and (match := _POOLS.search(path))
+    }
+    if any("onnxruntime_pybind11_state" in path for path in paths):
+        found.add("ONNX Runtime (onnxruntime)")
+    return tuple(sorted(found))
+
+
+def _package(path: str) -> str:
+    """The one that a library came with."""
+    _, packages, rest = path.rpartition("-packages/")
+    return rest.partition("/")[0].removesuffix(".libs") if packages else "system"
