@@ -70,9 +70,13 @@ def diagnose(
         progress(f"a first call of {target.model}", 0.0)
         tried = preflight(setting)
         setting = replace(setting, slowest=20 * tried.seconds * options.clients)
-        arms, sweep, failures = _measure(setting, options, progress)
-    machine = describe(quiet, tried.runtimes)
-    subject = Subject(target=target, sample_is_made=tried.sample_is_made, threads=cpu.budget().threads)
+        measured, beside, failures = _measure(setting, options, progress)
+    machine = describe(_loudest([quiet, *beside]), tried.runtimes)
+    subject = Subject(
+        target=target, sample_is_made=tried.sample_is_made, threads=cpu.budget().threads
+    )
+    arms = tuple(arm for arm in measured if arm.key in TITLES)
+    sweep = tuple(arm for arm in measured if arm.key not in TITLES)
     return Diagnosis(
         target=target.model,
         call=target.call or "",
@@ -110,25 +114,37 @@ Measure = Callable[[Setting, Callable[[], None]], Arm]
 
 def _measure(
     setting: Setting, options: Options, progress: Progress
-) -> tuple[tuple[Arm, ...], tuple[Arm, ...], tuple[Finding, ...]]:
-    """All arms, the thread sweep, and what is to be said of those that failed.
+) -> tuple[list[Arm], list[noise.Noise], tuple[Finding, ...]]:
+    """All arms and the thread sweep, how quiet it was beside each, and what is to be said of
+    those that failed.
 
     :raises TargetError: all of them failed
     """
     arms: list[Arm] = []
+    beside: list[noise.Noise] = []
     failures: list[Finding] = []
     steps = list(_steps(options))
     for number, (title, step) in enumerate(steps):
         whole = _Whole(progress, title, number / len(steps), 1 / len(steps), options.seconds)
+        meter = noise.NoiseMeter()
         try:
             arms.append(step(setting, whole.tick))
         except ChildError as error:
             failures.append(failed(title, str(error)))
+        else:
+            beside.append(meter.read())
     if not arms:
         raise TargetError("; ".join(finding.headline for finding in failures))
     progress("done", 1.0)
-    sweep = tuple(arm for arm in arms if arm.key not in TITLES)
-    return tuple(arm for arm in arms if arm.key in TITLES), sweep, tuple(failures)
+    return arms, beside, tuple(failures)
+
+
+def _loudest(moments: list[noise.Noise]) -> noise.Noise:
+    return noise.Noise(
+        pressure=max(moment.pressure for moment in moments),
+        others=max(moment.others for moment in moments),
+        stolen=max(moment.stolen for moment in moments),
+    )
 
 
 class _Whole:

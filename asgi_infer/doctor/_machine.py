@@ -24,10 +24,10 @@ _NAMES = {
 }
 
 
-def describe(quiet: noise.Noise, runtimes: tuple[str, ...]) -> Machine:
+def describe(loudest: noise.Noise, runtimes: tuple[str, ...]) -> Machine:
     """This machine.
 
-    :param quiet: what others did in a quiet moment
+    :param loudest: what others did, at the worst
     :param runtimes: as ``runtimes`` finds them
     """
     budget = cpu.budget()
@@ -37,10 +37,10 @@ def describe(quiet: noise.Noise, runtimes: tuple[str, ...]) -> Machine:
         cpus=len(budget.cpus),
         cores=budget.cores,
         quota=budget.quota,
-        pressure=quiet.pressure,
-        others=quiet.others,
-        stolen=quiet.stolen,
-        noisy=quiet.busy,
+        pressure=loudest.pressure,
+        others=loudest.others,
+        stolen=loudest.stolen,
+        noisy=loudest.busy,
         runtimes=runtimes,
     )
 

@@ -41,10 +41,17 @@ class Subject:
         return self.target.model.partition(":")[2]
 
     @property
-    def imports(self) -> str:
-        """The line that imports what the others need."""
-        module, _, model = self.target.model.partition(":")
-        return f"from {module} import {model.partition('.')[0]}"
+    def imports(self) -> tuple[str, ...]:
+        """The lines that import what the others need."""
+        names: dict[str, list[str]] = {}
+        for path in (self.target.model, self.target.sample or ""):
+            module, _, name = path.partition(":")
+            if name:
+                names.setdefault(module, []).append(name.partition(".")[0])
+        return tuple(
+            f"from {module} import {', '.join(sorted(set(found)))}"
+            for module, found in names.items()
+        )
 
     def attribute(self, owner: str) -> str:
         """What is called, as code."""
@@ -53,8 +60,13 @@ class Subject:
     @property
     def warmup(self) -> str:
         """A function that warms the model up, as code."""
-        sample = (self.target.sample or "").partition(":")[2]
-        return f"lambda model: {self.attribute('model')}({sample}{'()' * self.sample_is_made})"
+        return f"lambda model: {self.attribute('model')}({self.sample})"
+
+    @property
+    def sample(self) -> str:
+        """The sample, as code; empty without one."""
+        name = (self.target.sample or "").partition(":")[2]
+        return f"{name}()" if self.sample_is_made else name
 
     def runner(self, **native: object) -> str:
         """The line that makes a runner."""
@@ -64,17 +76,16 @@ class Subject:
 
     def application(self) -> tuple[str, ...]:
         """The lines that put the model on a runner."""
-        argument = "sample" if self.target.sample else ""
-        comma = ", " if argument else ""
+        arguments = [self.attribute("runner.model"), *filter(None, [self.sample])]
         return (
             "from asgi_infer import InferenceMiddleware, InferenceRunner",
-            self.imports,
+            *self.imports,
             "",
             self.runner(),
             "app.add_middleware(InferenceMiddleware, runner=runner)",
             "",
             "# in an async def endpoint:",
-            f"result = await runner.run({self.attribute('runner.model')}{comma}{argument})",
+            f"result = await runner.run({', '.join(arguments)})",
         )
 
 
