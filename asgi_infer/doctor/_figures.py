@@ -1,0 +1,221 @@
+"""The figures of each arm as people read them: one list of columns for the table and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ._results import Arm, Diagnosis, Machine, ThreadTrace
+
+NONE = "-"
+
+ARMS = {
+    "script": "the model in a loop on the main thread, without a server: what it can do",
+    "def": "a plain def endpoint: the server runs each call in any of some 40 threads",
+    "async-def": "an async def endpoint: the call runs on the event loop, which answers nobody "
+    "else meanwhile",
+    "executor": "a ThreadPoolExecutor(1), with the model loaded on the main thread",
+    "runner": "InferenceRunner: the model is loaded, warmed up and called on one thread, its own",
+    "runner-retain": "the same, and freed memory is kept (retain_memory=True)",
+}
+"""What each arm is, by its key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One figure of an arm."""
+
+    header: str
+    """In two lines where one would be wide."""
+    meaning: str
+    """How it was measured and what it says, in one line."""
+    cell: Callable[[Arm, Diagnosis], str]
+    sweep: bool = False
+    """Whether the small table of the thread sweep has it."""
+
+    @property
+    def name(self) -> str:
+        """The header in one line."""
+        return self.header.replace("\n/", "/").replace("\n", " ")
+
+
+def columns(diagnosis: Diagnosis) -> list[Column]:
+    """The columns to show: throttling only where there was any."""
+    throttled = any(arm.throttled_periods for arm in (*diagnosis.arms, *diagnosis.sweep))
+    return [*COLUMNS, THROTTLED] if throttled else [*COLUMNS]
+
+
+def number(value: float) -> str:
+    """With as many digits as say something: ``1313``, ``87.5``, ``0.04``."""
+    if not value:
+        return "0"
+    if value < 1:
+        return f"{value:.2f}"
+    if value < 99.95:
+        return f"{value:.1f}"
+    return f"{value:.0f}" if value < 9999.5 else f"{value:,.0f}"
+
+
+def duration(value: float | None) -> str:
+    """Seconds, as ``0.42 ms``, ``12 ms`` or ``1.3 s``."""
+    if value is None:
+        return NONE
+    if value >= 0.9995:
+        return f"{value:.3g} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-4 else f"{value * 1e3:.2f} ms"
+
+
+def share(part: float, whole: float) -> str:
+    """As ``42 %``."""
+    return f"{100 * part / whole:.0f} %" if whole > 0 else NONE
+
+
+def plain(text: str) -> str:
+    """Text from outside in one line, without what could control a terminal or break a page."""
+    return "".join(each if each.isprintable() else "?" for each in " ".join(text.split()))
+
+
+def code(line: str) -> str:
+    """A line of code, so with its indentation, without what :func:`plain` takes out."""
+    return " " * (len(line) - len(line.lstrip())) + "".join(
+        each if each.isprintable() else "?" for each in line.strip()
+    )
+
+
+def noise(machine: Machine) -> str:
+    """Why times moved meanwhile, and what holds nevertheless."""
+    reasons = [
+        (machine.others >= 0.05, f"other processes use {machine.others:.1f} CPUs"),
+        (machine.pressure >= 0.01, f"somebody waits for a CPU {machine.pressure:.0%} of the time"),
+        (machine.stolen >= 0.01, f"the host takes {machine.stolen:.1f} CPUs away"),
+    ]
+    why = ", ".join(text for true, text in reasons if true) or "times moved while it was measured"
+    return f"This machine is busy ({why}): trust the switches, not the times."
+
+
+def counted(count: int, thing: str) -> str:
+    """As ``1 thread`` or ``2 threads``."""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
+def where(machine: Machine) -> str:
+    """The machine in one line."""
+    paid = "" if machine.quota is None else f", a quota of {number(machine.quota)} CPUs"
+    pools = ", ".join(machine.runtimes) or "none found"
+    return plain(
+        f"{counted(machine.cpus, 'CPU')} on {counted(machine.cores, 'core')}{paid}; {machine.system}; Python {machine.python}; "
+        f"native thread pools: {pools}"
+    )
+
+
+# -- threads -----------------------------------------------------------------------------------
+
+BUSY = 0.03
+"""The share of a CPU, on average, from which on a thread does something worth a look."""
+
+
+def mean_use(thread: ThreadTrace) -> float:
+    """The share of one CPU that a thread used, on average."""
+    return sum(thread.cpu) / max(1, len(thread.cpu))
+
+
+def is_loop(arm: Arm, thread: ThreadTrace) -> bool:
+    """Whether it is the event loop's: the main thread, wherever there is a server."""
+    return arm.key != "script" and thread.python == "MainThread"
+
+
+def model_threads(arm: Arm) -> list[ThreadTrace]:
+    """The threads that ran the model, the busiest first."""
+    busy = [thread for thread in arm.threads if mean_use(thread) >= BUSY]
+    if arm.key != "async-def":  # there the event loop's thread runs it
+        busy = [thread for thread in busy if not is_loop(arm, thread)]
+    return sorted(busy, key=mean_use, reverse=True)
+
+
+# -- columns -----------------------------------------------------------------------------------
+
+
+def of_script(arm: Arm, diagnosis: Diagnosis) -> str:
+    """The throughput, in times of the script's."""
+    script = diagnosis.arm("script")
+    if script is None or not script.calls:
+        return NONE
+    return f"{arm.calls_per_second / script.calls_per_second:.2f}x"
+
+
+def per_call(count: Callable[[Arm], float]) -> Callable[[Arm, Diagnosis], str]:
+    """A count in each call; nothing where no call ended."""
+    return lambda arm, _: number(count(arm)) if arm.calls else NONE
+
+
+COLUMNS = (
+    Column(
+        header="calls/s",
+        meaning="calls of the model that ended, in a second",
+        cell=lambda arm, _: number(arm.calls_per_second),
+        sweep=True,
+    ),
+    Column(
+        header="of\nscript",
+        meaning="the same, in times of the script's: 1.00x means that the server costs nothing",
+        cell=of_script,
+    ),
+    Column(
+        header="p50",
+        meaning="half of the calls took less, seen from the caller, so with the time in the queue",
+        cell=lambda arm, _: duration(arm.latency(50)),
+        sweep=True,
+    ),
+    Column(
+        header="p99",
+        meaning="all calls but one in a hundred took less",
+        cell=lambda arm, _: duration(arm.latency(99)),
+        sweep=True,
+    ),
+    Column(
+        header="/health\np99",
+        meaning="the same for an endpoint that does nothing, asked meanwhile: how long the event "
+        "loop keeps everybody else waiting",
+        cell=lambda arm, _: duration(arm.health_latency(99)),
+    ),
+    Column(
+        header="cores\nused",
+        meaning="CPU seconds of all threads in a second; below the number of threads, some slept",
+        cell=lambda arm, _: number(arm.cores_used),
+        sweep=True,
+    ),
+    Column(
+        header="sleeps\n/call",
+        meaning="voluntary context switches: how often in each call a thread gave its CPU up and "
+        "slept. A healthy pool of threads sleeps between calls, not in them; hundreds mean that "
+        "it was told to yield. Counted by the kernel, so right on a busy machine, too",
+        cell=per_call(lambda arm: arm.switches_per_call),
+        sweep=True,
+    ),
+    Column(
+        header="preempted\n/call",
+        meaning="involuntary context switches: how often in each call another thread took the CPU",
+        cell=per_call(lambda arm: arm.involuntary_switches / max(1, arm.calls)),
+    ),
+    Column(
+        header="faults\n/call",
+        meaning="minor page faults: how often in each call the kernel had to hand out a page of "
+        "memory, which is often one that was given back a moment ago",
+        cell=per_call(lambda arm: arm.faults_per_call),
+    ),
+    Column(
+        header="in\nkernel",
+        meaning="the part of the CPU time that the kernel used: page faults, switches, sleeping",
+        cell=lambda arm, _: share(arm.system_seconds, arm.cpu_seconds),
+    ),
+    Column(
+        header="queued",
+        meaning="of the time in which threads wanted a CPU, the part in which they waited for one",
+        cell=lambda arm, _: share(arm.queued_seconds, arm.queued_seconds + arm.cpu_seconds),
+    ),
+)
+THROTTLED = Column(
+    header="quota\nspent",
+    meaning="periods in which the container's CPU quota was used up and everything stood still",
+    cell=lambda arm, _: str(arm.throttled_periods),
+)
