@@ -21,7 +21,7 @@ from ._call import Call, CallState, Departure
 from ._errors import ClientDisconnected, DeadlineExceeded, Draining, InferenceError, QueueFull
 from ._model import name_of
 from ._queue import CallQueue
-from ._statistics import Counters
+from ._statistics import Counters, moving_average
 
 ErrorOf = Callable[[Call], InferenceError]
 """Makes the error for one call. Runs under the lock, so it must not run foreign code."""
@@ -152,10 +152,7 @@ class Scheduler:
                     counters.failed += 1
             else:
                 self._count(call.departure)
-            # A moving average (exponential). The first call counts whole: an average that
-            # starts from zero would promise short waits.
-            ran, average = ended - call.started, counters.service_time
-            counters.service_time = average + 0.125 * (ran - average) if average else ran
+            counters.service_time = moving_average(counters.service_time, ended - call.started)
             self._running = None
             counters.running = 0
             following = self._claim(ended)

@@ -10,7 +10,9 @@ class RunnerStatistics:
     """What a runner has done and is doing, all read at one instant.
 
     ``submitted = completed + failed + cancelled + expired + rejected + queued + running``
-    holds in every snapshot. The first six and ``late`` only ever grow.
+    holds in every snapshot. The first six and ``late`` only ever grow. What calls cost (from
+    ``service_time`` to ``loop_lag``) are moving averages; ``cores_used``, ``foreign_threads`` and
+    ``loop_lag`` are looked at once a second, and only while calls are made.
     """
 
     submitted: int
@@ -33,6 +35,20 @@ class RunnerStatistics:
     """Calls that ran on after their caller had left. They count as cancelled or expired too."""
     service_time: float
     """Seconds a call runs, moving average."""
+    cores_used: float
+    """CPUs that the whole process keeps busy while a call runs."""
+    switches_per_call: float
+    """How often the model's thread goes to sleep in a call: next to never when it has the whole
+    CPU, hundreds of times when a second OpenMP pool throttles it."""
+    faults_per_call: float
+    """Pages of memory that the model's thread has to ask the kernel for in a call."""
+    foreign_threads: int
+    """Native threads that are neither Python's nor the model's: pools of other threads, and of
+    libraries that were first used elsewhere, such as NumPy's when the main thread imported it."""
+    pools_returned: int
+    """How often a second OpenMP pool was found, and given back. Only ever grows."""
+    loop_lag: float
+    """Seconds that an event loop takes to get to something new while a call runs."""
     state: str
     """``new``, ``loading``, ``ready``, ``draining``, ``closed`` or ``failed``."""
 
@@ -50,3 +66,26 @@ class Counters:
     late: int = 0
     running: int = 0
     service_time: float = 0.0
+
+
+@dataclass(slots=True)
+class Usage:
+    """What calls cost: moving averages and counts, described at ``RunnerStatistics``.
+
+    Written by the inference thread alone. Others read single values, which need no guard.
+    """
+
+    cores_used: float = 0.0
+    switches_per_call: float = 0.0
+    faults_per_call: float = 0.0
+    foreign_threads: int = 0
+    pools_returned: int = 0
+    loop_lag: float = 0.0
+
+
+def moving_average(average: float, value: float) -> float:
+    """The average with one value more, of which older ones fade (exponentially).
+
+    The first one counts whole: an average that starts from zero would promise too little.
+    """
+    return average + 0.125 * (value - average) if average else value

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ._procfs import Noise, NoiseMeter, quiet_moment
+from asgi_infer.native.noise import Noise, NoiseMeter, quiet_moment
 
 Sample = Mapping[str, float]
 """What one arm measured in one round, by metric."""

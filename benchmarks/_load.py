@@ -10,9 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from asgi_infer.native.procfs import all_thread_counters
+
 from ._children import Child, once
 from ._figure import Sample, Scale
-from ._procfs import ThreadCounts, thread_counts, total, used_between
+from ._usage import Usage, total, used_between
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,21 @@ def _clients(load: Load, scale: Scale, port: str) -> list[list[str]]:
     return programs
 
 
-def _together(
-    pid: int, children: list[Child]
-) -> tuple[list[dict[str, Any]], dict[int, ThreadCounts]]:
+def _together(pid: int, children: list[Child]) -> tuple[list[dict[str, Any]], dict[int, Usage]]:
     """Let all children go at once; return their answers, and what the process used meanwhile."""
     for child in children:
         child.ask()  # ready
-    before = thread_counts(pid)
+    before = all_thread_counters(pid)
     for child in children:
         child.tell()
     first = children[0].ask()
-    used = used_between(before, thread_counts(pid))
+    used = used_between(before, all_thread_counters(pid))
     return [first, *(child.ask() for child in children[1:])], used
 
 
 def _sample(
     load: dict[str, Any],
-    used: dict[int, ThreadCounts],
+    used: dict[int, Usage],
     main_thread: int,
     probe: dict[str, Any] | None,
     *,
@@ -84,7 +84,7 @@ def _sample(
 ) -> Sample:
     seconds = load["seconds"]
     calls = max(1, load["calls"])  # none at all, on a very busy machine
-    everything, loop = total(used), used[main_thread]
+    everything, loop = total(used.values()), used[main_thread]
     sample = {
         "calls": load["calls"] / seconds,
         "cpu": 100 * everything.cpu / seconds,

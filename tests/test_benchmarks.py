@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from asgi_infer.native.noise import Noise
+from asgi_infer.native.procfs import ThreadCounters, all_thread_counters
 from benchmarks import __main__ as program
-from benchmarks import _figure, _http, _procfs
+from benchmarks import _figure, _http
 from benchmarks._children import Child, ChildError, once
 from benchmarks._figure import (
     QUICK,
@@ -27,16 +29,8 @@ from benchmarks._figure import (
     one_by_one,
 )
 from benchmarks._load import Load, serve
-from benchmarks._procfs import (
-    Noise,
-    NoiseMeter,
-    ThreadCounts,
-    quiet_moment,
-    thread_counts,
-    total,
-    used_between,
-)
 from benchmarks._report import as_json, table
+from benchmarks._usage import Usage, total, used_between
 
 QUIET = Noise(pressure=0.0, others=0.0, stolen=0.0)
 BUSY = Noise(pressure=0.2, others=0.5, stolen=0.0)
@@ -266,48 +260,40 @@ def test_a_response_that_is_no_success_ends_the_measurement() -> None:
 # -- the system --------------------------------------------------------------------------------
 
 
+def counters(cpu: float, switches: int, faults: int) -> ThreadCounters:
+    """A reading of one thread; what else there is in it does not matter here."""
+    return ThreadCounters(
+        name="thread",
+        on_cpu=cpu,
+        queued=0.0,
+        voluntary_switches=switches,
+        involuntary_switches=0,
+        minor_faults=faults,
+        major_faults=0,
+        system_time=0.0,
+        niceness=0,
+        cpus="0",
+    )
+
+
 def test_what_threads_used_is_the_difference_of_two_readings() -> None:
     """A thread that came in between counts from zero; one that has gone counts for nothing."""
-    before = {1: ThreadCounts(10, 1.0), 2: ThreadCounts(5, 0.5)}
-    used = used_between(before, {1: ThreadCounts(15, 3.0), 3: ThreadCounts(7, 0.25)})
-    assert used == {1: ThreadCounts(5, 2.0), 3: ThreadCounts(7, 0.25)}
-    assert total(used) == ThreadCounts(12, 2.25)
+    before = {1: counters(1.0, 10, 3), 2: counters(0.5, 5, 1)}
+    used = used_between(before, {1: counters(3.0, 15, 5), 3: counters(0.25, 7, 1)})
+    assert used == {1: Usage(2.0, 5, 2), 3: Usage(0.25, 7, 1)}
+    assert total(used.values()) == Usage(2.25, 12, 3)
 
 
 @on_linux
 def test_a_child_is_told_asked_and_counted() -> None:
-    """A child's counts come by thread; when it has ended, its CPU time counts as our own."""
-    own = _procfs.own_cpu()
+    """What a child's threads use is read while it lives."""
     with Child("_script", "--seconds", "0.2") as child:
         assert child.ask() == {"event": "ready"}
-        before = thread_counts(child.pid)
+        before = all_thread_counters(child.pid)
         child.tell()
         assert child.ask()["calls"] > 0
-        used = used_between(before, thread_counts(child.pid))[child.pid].cpu
-    assert 0 < used < _procfs.own_cpu() - own
-
-
-@pytest.mark.parametrize(("own", "busy"), [(0.0, True), (500.0, False)])
-def test_others_are_all_but_this_process_and_its_children(
-    own: float, busy: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the CPU time of the machine, what is ours is no noise."""
-    used, mine = iter([(0.0, 0.0), (500.0, 0.0)]), iter([0.0, own])
-    monkeypatch.setattr(_procfs, "machine_cpu", lambda: next(used))
-    monkeypatch.setattr(_procfs, "own_cpu", lambda: next(mine))
-    assert NoiseMeter().read().busy is busy
-
-
-def test_pressure_is_the_share_of_a_quiet_moment_in_which_somebody_waited(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Half of the moment spent waiting for a CPU is a pressure of one half."""
-    stalled = iter([1.0, 1.0 + _procfs.QUIET / 2])
-    monkeypatch.setattr(_procfs, "machine_cpu", lambda: (0.0, 0.0))
-    monkeypatch.setattr(_procfs, "stalled", lambda: next(stalled))
-    moment = quiet_moment()
-    assert moment.pressure == pytest.approx(0.5)
-    assert moment.busy
+        used = used_between(before, all_thread_counters(child.pid))
+    assert used[child.pid].cpu > 0
 
 
 def test_a_child_that_ends_early_is_an_error() -> None:

@@ -5,6 +5,6 @@ thread that starts it. Whoever sets these on one thread *before* a library start
 has set them for the pool. Elsewhere than on Linux everything here does nothing, and says so once.
 """
 
-from .policy import NativePolicy
+from .policy import NativePolicy, thread_count
 
-__all__ = ["NativePolicy"]
+__all__ = ["NativePolicy", "thread_count"]

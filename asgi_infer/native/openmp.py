@@ -8,6 +8,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from ._maps import MAPS, mapped_files
+
 _RUNTIME = re.compile(r"/(libgomp|libomp|libiomp5)[^/]*\.so[^/]*$")
 _PAUSE_SOFT = 1  # omp_pause_soft of the OpenMP 5.0 specification
 
@@ -37,6 +39,27 @@ class OpenMPRuntime:
         """Set that number, for the calling thread alone."""
         self._library.omp_set_num_threads(ctypes.c_int(count))
 
+    @property
+    def block_time(self) -> float | None:
+        """Seconds for which an idle thread spins before it sleeps, as set on *this thread*.
+
+        None for libgomp, which counts its turns instead (``GOMP_SPINCOUNT``, read once when it
+        is loaded), and lowers them by itself while more threads are about than CPUs.
+        """
+        get = getattr(self._library, "kmp_get_blocktime", None)
+        return None if get is None else int(get()) / 1000
+
+    def set_block_time(self, seconds: float) -> bool:
+        """Set that time, for regions that start on the calling thread; to the millisecond.
+
+        :returns: whether the runtime has one: libomp and libiomp5 do
+        """
+        set_milliseconds = getattr(self._library, "kmp_set_blocktime", None)
+        if set_milliseconds is None:
+            return False
+        set_milliseconds(ctypes.c_int(round(seconds * 1000)))
+        return True
+
     def release_pool(self) -> bool:
         """Give back the pool that the calling thread owns; it is made anew when next needed.
 
@@ -51,27 +74,12 @@ class OpenMPRuntime:
         return int(pause(ctypes.c_int(_PAUSE_SOFT))) == 0
 
 
-def loaded_runtimes(maps: Path = Path("/proc/self/maps")) -> list[OpenMPRuntime]:
-    """Every OpenMP runtime that is loaded now; empty off Linux.
-
-    Read from the memory map. Walking the dynamic loader's list instead can dead-lock when two
-    Python threads do it at once.
-    """
-    try:
-        text = maps.read_text(errors="surrogateescape")  # a file's name need not be text
-    except OSError:
-        return []
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        match = _RUNTIME.search(line)
-        if match:
-            # The loader knows a file that was deleted or replaced since by its name of then.
-            path = line[line.index("/") :].removesuffix(" (deleted)")
-            found[path] = match.group(1)
+def loaded_runtimes(maps: Path = MAPS) -> list[OpenMPRuntime]:
+    """Every OpenMP runtime that is loaded now; empty off Linux."""
     runtimes = []
-    for path, family in found.items():
+    for path, match in mapped_files(_RUNTIME, maps).items():
         with suppress(OSError):  # it has been unloaded in between
-            runtimes.append(OpenMPRuntime(path, family))
+            runtimes.append(OpenMPRuntime(path, match[1]))
     return runtimes
 
 

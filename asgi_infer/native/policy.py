@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cache
 
-from . import cpu, memory, openmp, procfs
+from . import cpu, memory, openblas, openmp, procfs
 
 logger = logging.getLogger("asgi_infer")
 
@@ -72,13 +72,19 @@ class NativePolicy:
             _say_once()
         if self.retain_memory:
             memory.retain_memory()
+        _here.thread_count = self.thread_count
         self.limit_threads()
         for context in self.contexts:
             stack.enter_context(context())
 
     def limit_threads(self) -> None:
-        """Hold every OpenMP runtime that is loaded by now to ``thread_count``, on this thread."""
-        openmp.limit_threads(self.thread_count)
+        """Hold what is loaded by now to ``thread_count``, on this thread.
+
+        OpenBLAS, which has one pool for all threads, is held to it in the whole process.
+        """
+        count = self.thread_count
+        openmp.limit_threads(count)
+        openblas.limit_threads(count)
 
     def _set_affinity(self) -> None:
         os.sched_setaffinity(0, self.cpus or cpu.IMPORT_AFFINITY)
@@ -95,6 +101,29 @@ class NativePolicy:
             action()
         except OSError as error:
             logger.warning("could not %s of the model: %s", what, error)
+
+
+class _Here(threading.local):
+    """Thread-local: no guard."""
+
+    thread_count: int | None = None
+    """What the policy that this thread is under comes to."""
+
+
+_here = _Here()
+
+
+def thread_count() -> int:
+    """How many threads to give to a library that takes a number of its own.
+
+    While a model is loaded, the number of its runner's ``NativePolicy``; elsewhere what this
+    machine recommends. ONNX Runtime, for one, neither asks OpenMP nor looks at quotas, and
+    binds its threads to CPUs unless it is told a number::
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = thread_count()
+    """
+    return _here.thread_count or cpu.recommended_threads()
 
 
 @cache

@@ -108,7 +108,7 @@ def thread_ids(pid: int | None = None) -> set[int]:
 
     :raises OSError: there is no such process, or this is not Linux
     """
-    return {int(task) for task in os.listdir(_tasks(pid))}
+    return {int(task.name) for task in _tasks(pid).iterdir()}
 
 
 def voluntary_switches(native_id: int) -> int:

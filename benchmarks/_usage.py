@@ -1,0 +1,50 @@
+"""What the threads of another process used from one moment to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from asgi_infer.native.procfs import ThreadCounters
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one native thread, or several, used meanwhile."""
+
+    cpu: float = 0.0  # seconds
+    switches: int = 0  # voluntary: it gave its CPU up to wait for something
+    faults: int = 0  # minor: pages that the kernel had to map in
+
+    @classmethod
+    def since_start(cls, counters: ThreadCounters) -> Usage:
+        """All that a thread has used."""
+        return cls(counters.on_cpu, counters.voluntary_switches, counters.minor_faults)
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.cpu + other.cpu, self.switches + other.switches, self.faults + other.faults
+        )
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(
+            self.cpu - other.cpu, self.switches - other.switches, self.faults - other.faults
+        )
+
+
+Reading = Mapping[int, ThreadCounters]
+"""The counters of every thread of a process, by thread id."""
+
+
+def used_between(before: Reading, after: Reading) -> dict[int, Usage]:
+    """What each thread that lived to the end used from one reading to the other."""
+    then = {thread: Usage.since_start(counters) for thread, counters in before.items()}
+    return {
+        thread: Usage.since_start(counters) - then.get(thread, Usage())
+        for thread, counters in after.items()
+    }
+
+
+def total(used: Iterable[Usage]) -> Usage:
+    """The sum over threads."""
+    return sum(used, Usage())
