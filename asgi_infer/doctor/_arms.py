@@ -139,7 +139,7 @@ class _Window:
         everything, model = self._watch.used(), self._watch.used(without=event_loop)
         return Arm(
             key=key,
-            title=TITLES.get(key) or f"InferenceRunner, {key.partition('-')[2]} threads",
+            title=TITLES.get(key) or f"InferenceRunner, threads={key.partition('-')[2]}",
             seconds=result["seconds"],
             latencies=tuple(result["latencies"]),
             cpu_seconds=everything.cpu,

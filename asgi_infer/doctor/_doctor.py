@@ -79,12 +79,12 @@ def diagnose(
     sweep = tuple(arm for arm in measured if arm.key not in TITLES)
     return Diagnosis(
         target=target.model,
-        call=target.call or "",
+        call=target.call or "__call__",
         clients=options.clients,
         machine=machine,
         arms=arms,
         sweep=sweep,
-        findings=findings(subject, machine, arms, sweep) + failures,
+        findings=findings(subject, machine, arms, sweep, failures),
     )
 
 

@@ -121,9 +121,16 @@ class _Case:
 
 
 def findings(
-    subject: Subject, machine: Machine, arms: Sequence[Arm], sweep: Sequence[Arm]
+    subject: Subject,
+    machine: Machine,
+    arms: Sequence[Arm],
+    sweep: Sequence[Arm],
+    failures: Sequence[Finding] = (),
 ) -> tuple[Finding, ...]:
-    """What to do, the most important thing first; noise before it all."""
+    """What to do, the most important thing first; noise before it all.
+
+    :param failures: what is to be said of arms that could not be measured
+    """
     case = _Case(
         subject=subject,
         machine=machine,
@@ -132,9 +139,10 @@ def findings(
     )
     looks = (_two_pools, _quota, _holds_gil, _loop_blocked, _page_faults, _threads, _sleeps_anyway)
     found = [finding for look in looks for finding in look(case)]
-    found.sort(key=lambda finding: _SEVERITIES.index(finding.severity))
     if not any(finding.severity == "problem" for finding in found):
         found.extend(_server_cost(case))
+    found.extend(failures)
+    found.sort(key=lambda finding: _SEVERITIES.index(finding.severity))
     return (*_noise(machine), *found)
 
 
