@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +23,10 @@ from .doctor._target import Target, TargetError
 from .native import cpu
 
 BAD_INPUT = 2
-NOT_FOUND = 127  # as shells have it
+NOT_EXECUTABLE = 126  # as shells have it
+NOT_FOUND = 127
 INTERRUPTED = 130
-
-REPORT = "asgi-infer-doctor.html"
+TERMINATED = 143
 
 app = typer.Typer(
     add_completion=False,
@@ -36,45 +37,55 @@ app = typer.Typer(
 )
 
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:MODEL",
+        help="What makes the model: a class or a function without arguments.",
+    ),
+]
+Call = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The method to call; without it, the model itself."),
+]
+Sample = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        metavar="MODULE:SAMPLE",
+        help="What to call it with, or a function that makes that.",
+    ),
+]
+Clients = Annotated[int, typer.Option(min=1, help="That call at the same time.")]
+Seconds = Annotated[float, typer.Option(min=0.1, help="To measure each way for.")]
+Arms = Annotated[str, typer.Option(metavar="KEY,...", help="The ways to measure.")]
+Sweep = Annotated[bool, typer.Option(help="Try other numbers of native threads.")]
+Patience = Annotated[
+    float, typer.Option(min=1.0, help="Seconds that loading, or any one answer, may take.")
+]
+AppDir = Annotated[str, typer.Option(metavar="DIR", help="Where modules are found.")]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the figures there; - for output."),
+]
+Html = Annotated[Path, typer.Option(metavar="FILE", help="Write the report there.")]
+NoHtml = Annotated[bool, typer.Option("--no-html", help="Write no report.")]
+
+
 @app.command()
 def doctor(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:MODEL",
-            help="What makes the model: a class or a function without arguments.",
-        ),
-    ],
-    call: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The method to call; without it, the model itself."),
-    ] = None,
-    sample: Annotated[
-        str | None,
-        typer.Option(
-            "--input",
-            metavar="MODULE:SAMPLE",
-            help="What to call it with, or a function that makes that.",
-        ),
-    ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="That call at the same time.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.1, help="To measure each way for.")] = 3.0,
-    arms: Annotated[
-        str, typer.Option(metavar="KEY,...", help="The ways to measure.")
-    ] = ",".join(TITLES),
-    sweep: Annotated[bool, typer.Option(help="Try other numbers of native threads.")] = True,
-    patience: Annotated[
-        float, typer.Option(min=1.0, help="Seconds that loading, or any one answer, may take.")
-    ] = 120.0,
-    app_dir: Annotated[str, typer.Option(metavar="DIR", help="Where modules are found.")] = ".",
-    json_file: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE", help="Write the figures there; - for output."),
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the report there.")
-    ] = Path(REPORT),
-    no_html: Annotated[bool, typer.Option("--no-html", help="Write no report.")] = False,
+    model: Model,
+    call: Call = None,
+    sample: Sample = None,
+    clients: Clients = 1,
+    seconds: Seconds = 3.0,
+    arms: Arms = ",".join(TITLES),
+    sweep: Sweep = True,
+    patience: Patience = 120.0,
+    app_dir: AppDir = ".",
+    json_file: Json = None,
+    html: Html = Path("asgi-infer-doctor.html"),
+    no_html: NoHtml = False,
 ) -> None:
     """Measure a model in a script and behind a server, and say where the cores went."""
     target = Target(model=model, call=call, sample=sample, app_dir=app_dir)
@@ -92,9 +103,7 @@ def doctor(
         outputs.write(diagnosis)
 
 
-@app.command(
-    context_settings={"allow_interspersed_args": False}, options_metavar="[OPTIONS] --"
-)
+@app.command(context_settings={"allow_interspersed_args": False}, options_metavar="[OPTIONS] --")
 def run(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="What to execute.")],
     threads: Annotated[
@@ -111,11 +120,10 @@ def run(
 
     What is in the environment already stays.
     """
-    budget = cpu.budget()
     with _in_one_line():
         settings = _launch.settings(
             os.environ,
-            budget,
+            cpu.budget(),
             threads=threads,
             retain_memory=retain_memory,
             allocator=allocator,
@@ -126,12 +134,10 @@ def run(
         _end(str(error), NOT_FOUND)
     for name, value in settings.items():
         _say(f"{name}={value}")
-    if threads is None:
-        _say(f"threads: {budget.reason}")
     try:
         os.execve(path, command, {**os.environ, **settings})  # noqa: S606  # what it is for
     except OSError as error:
-        _end(f"{path} can't be executed: {error.strerror}", NOT_FOUND - 1)
+        _end(f"{path} can't be executed: {error.strerror}", NOT_EXECUTABLE)
 
 
 class _Outputs:
@@ -212,7 +218,8 @@ class _Lines:
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """No traceback for what users can get wrong, nor for Ctrl-C."""
+    """No traceback for what users can get wrong, nor for Ctrl-C; and time to clean up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield
     except (TargetError, _launch.LaunchError) as error:

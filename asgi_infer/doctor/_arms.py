@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..native import cpu
-from ._process import Child
+from ._process import Child, ChildFailed
 from ._results import Arm
 from ._target import Target
 from ._watch import INTERVAL, Watch
@@ -98,10 +98,13 @@ def _server(setting: Setting, tick: Tick, *, key: str, **values: object) -> Arm:
     with setting.child("serve", **values) as server:
         port = server.ask(every=INTERVAL, meanwhile=tick)["port"]
         job = {"port": port, "path": _PATH, "clients": setting.clients}
-        with setting.child("load", **job) as load:
-            load.ask(every=INTERVAL, meanwhile=tick)
-            window = _Window(server, load, setting, tick)
-            result = load.ask()
+        try:
+            with setting.child("load", **job) as load:
+                load.ask(every=INTERVAL, meanwhile=tick)
+                window = _Window(server, load, setting, tick)
+                result = load.ask()
+        except ChildFailed as error:
+            raise server.error(str(error)) from None
         server.tell()
         threads = server.ask()["threads"]
         return window.arm(key, result, python=threads, event_loop=server.pid)
@@ -123,9 +126,7 @@ class _Window:
             self._watch.tick()
             tick()
 
-        driver.ask(
-            every=INTERVAL, meanwhile=interval, more=setting.seconds + 10 * setting.slowest
-        )
+        driver.ask(every=INTERVAL, meanwhile=interval, more=setting.seconds + 10 * setting.slowest)
         self._watch.stop()
         now = cpu.throttling()
         self._throttled_periods = now.throttled_periods - throttled.throttled_periods

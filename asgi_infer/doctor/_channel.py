@@ -22,8 +22,10 @@ class Channel:
 
     @classmethod
     def of_this_process(cls) -> Self:  # pragma: no cover  # in a process of its own
-        """Standard input and output, taken away from the model: it gets no input, and what it
-        prints goes to standard error."""
+        """Standard input and output, taken away from the model.
+
+        It gets no input, and what it prints goes to standard error.
+        """
         reader, writer = os.fdopen(os.dup(0), "rb", 0), os.fdopen(os.dup(1), "wb", 0)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ._calls import repeat, warm_up
 from ._channel import Channel, end_with_parent, python_threads
 from ._target import Target, TargetError, told
-
-MOST_CALLS = 100_000
-"""More would fill memory and files with latencies that tell nothing new."""
-FEWEST_CALLS = 3
-_WARM_CALLS = 2
-_WARM_SECONDS = 0.2
 
 
 def preflight(channel: Channel, job: dict[str, Any]) -> None:
@@ -39,7 +33,7 @@ def script(channel: Channel, job: dict[str, Any]) -> None:
     warm_up(call)
     channel.send(ready=True)
     channel.receive()
-    seconds, latencies = _repeat(call, job["seconds"])
+    seconds, latencies = repeat(call, job["seconds"])
     channel.send(done=True)
     channel.receive()
     channel.send(seconds=seconds, latencies=latencies, threads=python_threads())
@@ -69,16 +63,6 @@ def arguments(job: dict[str, Any]) -> tuple[Any, ...]:
     return unpickled
 
 
-def warm_up(call: Callable[[], object]) -> None:
-    """Call as often as it takes for the first calls to be over."""
-    start, calls = time.perf_counter(), 0
-    while calls < _WARM_CALLS or (
-        time.perf_counter() - start < _WARM_SECONDS and calls < MOST_CALLS
-    ):
-        call()
-        calls += 1
-
-
 def play(channel: Channel, job: dict[str, Any]) -> None:
     """Be what the job says; answer with an error where that fails."""
     try:
@@ -93,21 +77,6 @@ def _target(job: dict[str, Any]) -> Target:
     target = Target(**job["target"])
     target.enter()
     return target
-
-
-def _repeat(call: Callable[[], object], limit: float) -> tuple[float, list[float]]:
-    """Call for so many seconds, and a few times at the least; the seconds, and each call's."""
-    latencies: list[float] = []
-    clock = time.perf_counter
-    start = before = clock()
-    while len(latencies) < FEWEST_CALLS or (
-        before - start < limit and len(latencies) < MOST_CALLS
-    ):
-        call()
-        now = clock()
-        latencies.append(now - before)
-        before = now
-    return before - start, latencies
 
 
 def main() -> None:  # pragma: no cover  # in a process of its own

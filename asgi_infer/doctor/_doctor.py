@@ -6,15 +6,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..native import cpu, noise
 from ._arms import TITLES, Setting, measure, measure_threads
+from ._case import Subject
 from ._machine import describe, runtimes
-from ._process import Child, ChildError
+from ._process import ChildError, ChildFailed
 from ._results import Arm, Diagnosis, Finding
 from ._target import Target, TargetError
-from ._verdict import Subject, failed, findings
+from ._verdict import failed, findings
 
 _OVERHEAD = 3.0  # seconds that an arm takes on top of those that it is measured for
 
@@ -97,8 +99,10 @@ def preflight(setting: Setting) -> Preflight:
         with setting.child("preflight") as child:
             told = child.ask()
             return Preflight(**told, runtimes=runtimes(child.pid))
-    except ChildError as error:
+    except ChildFailed as error:
         raise TargetError(str(error)) from None
+    except ChildError as error:
+        raise TargetError(f"a first call of {setting.target.model}: {error}") from None
 
 
 def sweep_counts() -> list[int]:
@@ -169,9 +173,6 @@ class _Whole:
 
 def _steps(options: Options) -> Iterator[tuple[str, Measure]]:
     for key in options.arms:
-        yield TITLES[key], lambda setting, tick, key=key: measure(key, setting, tick)
+        yield TITLES[key], partial(measure, key)
     for count in sweep_counts() if options.sweep else ():
-        yield (
-            f"InferenceRunner, threads={count}",
-            lambda setting, tick, count=count: measure_threads(count, setting, tick),
-        )
+        yield f"InferenceRunner, threads={count}", partial(measure_threads, count)

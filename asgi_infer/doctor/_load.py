@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from typing import Any
+from typing import Any, cast
 
+from ._calls import FEWEST_CALLS, MOST_CALLS
 from ._channel import Channel
-from ._child import FEWEST_CALLS, MOST_CALLS
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _PROBE_EVERY = 0.02
@@ -18,7 +18,10 @@ _CALLS_FOR_WARMTH = 2
 
 def load(channel: Channel, job: dict[str, Any]) -> None:
     """Warm the server up, say so, and once told measure it."""
-    asyncio.run(_load(channel, job))
+    try:
+        asyncio.run(_load(channel, job))
+    except ConnectionError as error:
+        channel.send(error=str(error))
 
 
 async def _load(channel: Channel, job: dict[str, Any]) -> None:
@@ -48,7 +51,6 @@ class Connection(asyncio.Protocol):
     def __init__(self, request: bytes) -> None:
         self._request = request
         self._received = b""
-        self._transport: asyncio.Transport | None = None
         self._response: asyncio.Future[None] | None = None
 
     async def ask(self) -> float:
@@ -56,7 +58,6 @@ class Connection(asyncio.Protocol):
 
         :raises ConnectionError: the response is not the one that was asked for
         """
-        assert self._transport is not None
         self._response = asyncio.get_running_loop().create_future()
         start = time.perf_counter()
         self._transport.write(self._request)
@@ -64,8 +65,7 @@ class Connection(asyncio.Protocol):
         return time.perf_counter() - start
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -92,7 +92,6 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Hang up."""
-        assert self._transport is not None
         self._transport.abort()
 
 
@@ -143,7 +142,8 @@ class ClosedLoop:
         start = time.perf_counter()
         self._rest = asyncio.gather(*(self._ask_on(client, start) for client in self._clients))
         over = asyncio.ensure_future(self._over.wait())
-        await asyncio.wait([self._rest, over], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [self._rest, over]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not over.done():
             over.cancel()
             await self._rest

@@ -13,13 +13,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
 _GRACE = 5.0  # seconds to end in by itself
+_MOMENT = 0.2  # seconds in which a child that has crashed is gone
 
 
 class ChildError(Exception):
     """A child ended, hung, or failed where it should have answered. The text is one line."""
+
+
+class ChildFailed(ChildError):
+    """It answered with the reason for which it failed."""
 
 
 class Child:
@@ -38,7 +43,7 @@ class Child:
         self._received = b""
 
     def __enter__(self) -> Self:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
+        self._log = tempfile.TemporaryFile()  # closed in __exit__
         # -P: the working directory comes first only when the target is looked for.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "asgi_infer.doctor._child"],
@@ -48,6 +53,8 @@ class Child:
             start_new_session=True,
             bufsize=0,
         )
+        self._stdin = cast("IO[bytes]", self._process.stdin)
+        self._stdout = cast("IO[bytes]", self._process.stdout)
         self.tell(**self._job)
         return self
 
@@ -57,10 +64,8 @@ class Child:
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
-            self._process.stdin.close()
+            self._stdin.close()
             if exc_type is None:
                 self._process.wait(_GRACE)
         except subprocess.TimeoutExpired:
@@ -69,7 +74,7 @@ class Child:
             with suppress(OSError):  # nothing of it is left
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
-            self._process.stdout.close()
+            self._stdout.close()
             self._log.close()
 
     @property
@@ -79,9 +84,8 @@ class Child:
 
     def tell(self, **values: object) -> None:
         """Tell it something; without values, to go on."""
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended: the next question finds out how
-            self._process.stdin.write(json.dumps(values).encode() + b"\n")
+            self._stdin.write(json.dumps(values).encode() + b"\n")
 
     def ask(
         self, *, every: float = 1.0, meanwhile: Callable[[], None] = lambda: None, more: float = 0
@@ -92,15 +96,14 @@ class Child:
         :param more: seconds that it may take on top of the usual
         :raises ChildError: there is none
         """
-        start, ticks = time.monotonic(), 1
-        deadline = start + self._patience + more
+        start, ticks, limit = time.monotonic(), 1, self._patience + more
         while b"\n" not in self._received:
-            until = min(start + ticks * every, deadline)
+            until = start + min(ticks * every, limit)
             if self._readable(until - time.monotonic()):
                 self._read()
-            elif time.monotonic() >= deadline:
+            elif time.monotonic() >= start + limit:
                 raise ChildError(
-                    f"hung: no answer for {self._patience + more:g} s (--patience gives it more)"
+                    f"the process hung: no answer for {limit:.3g} s (--patience gives it more)"
                 )
             else:
                 ticks += 1
@@ -108,15 +111,25 @@ class Child:
         line, _, self._received = self._received.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise ChildError(answer["error"])
+            raise ChildFailed(answer["error"])
         return answer
 
+    def error(self, what: str) -> ChildError:
+        """What somebody else noticed of it, with its own last words.
+
+        Also for a child that has ended: then that is what happened.
+        """
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_MOMENT)
+        if self._process.returncode is not None:
+            return ChildError(self._how_it_ended())
+        return ChildError(f"{what}{self._last_words()}")
+
     def _readable(self, seconds: float) -> bool:
-        return bool(select.select([self._process.stdout], [], [], max(0.0, seconds))[0])
+        return bool(select.select([self._stdout], [], [], max(0.0, seconds))[0])
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        data = self._process.stdout.read(1 << 16)
+        data = self._stdout.read(1 << 16)
         if not data:
             raise ChildError(self._how_it_ended())
         self._received += data
@@ -125,10 +138,13 @@ class Child:
         try:
             status = self._process.wait(_GRACE)
         except subprocess.TimeoutExpired:
-            return "closed its output"
+            return "the process closed its output"
         ended = f"ended with status {status}"
         if status < 0:
             ended = f"was killed by {signal.Signals(-status).name}"
+        return f"the process {ended}{self._last_words()}"
+
+    def _last_words(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return f"{ended}; its last words: {lines[-1].strip()}" if lines else ended
+        return f"; its last words: {lines[-1].strip()}" if lines else ""

@@ -10,14 +10,15 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
 
 from .. import InferenceMiddleware, InferenceRunner, NativePolicy
+from ._calls import warm_up
 from ._channel import Channel, python_threads
-from ._child import warm_up
 from ._target import Target
 
 P = ParamSpec("P")
@@ -30,11 +31,18 @@ Endpoint = Callable[[], Awaitable[str] | str]
 def serve(
     channel: Channel, job: dict[str, Any], target: Target, arguments: tuple[Any, ...]
 ) -> None:
-    """Serve on a free port until the parent has had enough."""
+    """Serve on a free port until the parent has had enough.
+
+    :raises Exception: whatever kept the model from loading
+    """
     app = application(job, target, arguments)
+    server = Server(app, channel)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        Server(app, channel).run([listener])
+        with suppress(SystemExit):  # uvicorn's, where an application does not start
+            server.run([listener])
+    if not server.started:
+        raise getattr(app.state, "failure", RuntimeError("the server did not start"))
 
 
 def application(job: dict[str, Any], target: Target, arguments: tuple[Any, ...]) -> FastAPI:
@@ -125,25 +133,15 @@ class Server(uvicorn.Server):
     """Tells the parent its port, then its threads when asked, and ends with its input."""
 
     def __init__(self, app: FastAPI, channel: Channel) -> None:
-        super().__init__(
-            uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
-        )
-        self._state = app.state
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on"))
         self._channel = channel
-
-    @property
-    def _failure(self) -> Exception:
-        unknown = RuntimeError("the server did not start")
-        return getattr(self._state, "failure", unknown)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does, and say so."""
         await super().startup(sockets)
-        if self.should_exit:
-            raise self._failure
-        assert sockets is not None
-        asyncio.get_running_loop().add_reader(self._channel.reader, self._told)
-        self._channel.send(port=sockets[0].getsockname()[1])
+        if self.started and sockets:
+            asyncio.get_running_loop().add_reader(self._channel.reader, self._told)
+            self._channel.send(port=sockets[0].getsockname()[1])
 
     def _told(self) -> None:
         try:

@@ -55,16 +55,16 @@ class Target:
         :raises TargetError: the model has no such attribute, or it can't be called with a sample
         """
         name = self.call or "the model"
-        value = model if self.call is None else _attribute(model, self.call, self.model)
+        value: Any = model if self.call is None else _attribute(model, self.call, self.model)
         if not callable(value):
-            kind = type(value).__qualname__
             raise TargetError(
-                f"{name} is a {kind}, which can't be called: name a method with --call"
-                f"{_among(_methods(model))}"
+                f"{name} can't be called, being of type {type(value).__qualname__}: name a "
+                f"method with --call, such as {_some(_methods(model)) or 'predict'}"
             )
         _check_not_async(value, name)
         _check_takes_sample(value, name, self.sample)
-        return value
+        function: Callable[..., Any] = value
+        return function
 
     def bind(self, model: Any, arguments: tuple[Any, ...]) -> Callable[[], Any]:
         """One call, without arguments left to give."""
@@ -83,7 +83,7 @@ class Target:
 
         :raises TargetError: there is no such sample, making it fails, or it can't be pickled
         """
-        arguments: tuple[Any, ...] = () if self.sample is None else (self._sample(),)
+        arguments = () if self.sample is None else (self._evaluated(self.sample),)
         try:
             data = pickle.dumps(arguments)
             pickle.loads(data)  # noqa: S301  # our own
@@ -107,10 +107,10 @@ class Target:
     def _factory(self) -> Callable[[], Any]:
         value = self._find(self.model)
         if not (inspect.isclass(value) or inspect.isroutine(value) or isinstance(value, partial)):
-            kind = type(value).__qualname__
             raise TargetError(
-                f"{self.model} is a {kind} that exists already, and each measurement makes a "
-                f"model of its own: name its class, or a function that returns one"
+                f"{self.model}, of type {type(value).__qualname__}, exists already, and each "
+                f"measurement makes a model of its own: name its class, or a function that "
+                f"returns one"
             )
         _check_not_async(value, self.model)
         mismatch = _mismatch(value, ())
@@ -122,15 +122,12 @@ class Target:
         factory: Callable[[], Any] = value
         return factory
 
-    def _sample(self) -> Any:
-        assert self.sample is not None
-        value = self._find(self.sample)
+    def _evaluated(self, sample: str) -> Any:
+        value = self._find(sample)
         if not inspect.isroutine(value):
             return value
-        _check_not_async(value, self.sample)
-        return _finished(
-            _attempt(f"{self.sample}()", value, self.app_dir), f"the sample {self.sample}()"
-        )
+        _check_not_async(value, sample)
+        return _finished(_attempt(f"{sample}()", value, self.app_dir), f"{sample}()")
 
     def _find(self, path: str) -> Any:
         module, _, name = path.partition(":")
@@ -146,7 +143,8 @@ def told(error: BaseException, app_dir: str) -> str:
 
 
 def _told(error: BaseException) -> str:
-    kind, text = type(error).__name__, " ".join(str(error).split())
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    kind, text = type(error).__name__, " ".join(message.split())
     return f"{kind}: {text}" if text else kind
 
 
@@ -184,8 +182,8 @@ def _module(name: str, app_dir: str) -> ModuleType:
             raise TargetError(f"importing {name} raised {told(error, app_dir)}") from None
         where = Path(app_dir).resolve()
         raise TargetError(
-            f"there is no module {error.name} in {where}{_among(_modules(where), error.name)}; "
-            f"--app-dir names another directory"
+            f"there is no module {error.name} in {where} (--app-dir names another directory)"
+            f"{_among(_modules(where), error.name)}"
         ) from None
     except BaseException as error:
         raise TargetError(f"importing {name} raised {told(error, app_dir)}") from None
@@ -228,21 +226,23 @@ def _methods(model: Any) -> list[str]:
     ]
 
 
-def _among(names: Iterable[str], wanted: str = "") -> str:
-    """What there is instead, the likely one first."""
+def _among(names: Iterable[str], wanted: str) -> str:
+    """What there is instead: the likely one, or some."""
     names = list(names)
-    close = difflib.get_close_matches(wanted, names, n=1) if wanted else []
+    close = difflib.get_close_matches(wanted, names, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"; it has {some}" if some else ""
+    return f"; there is {_some(names)}" if names else ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _check_not_async(function: Any, name: str) -> None:
-    called = function if inspect.isroutine(function) else getattr(function, "__call__", None)
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called):
-        raise TargetError(f"{name} is async: name the plain function that computes, below it")
-    for each in (function, called):
+    for each in (function, type(function).__call__):
+        if inspect.iscoroutinefunction(each):
+            raise TargetError(f"{name} is async: name the plain function that computes, below it")
         if inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each):
             raise TargetError(f"{name} is a generator function: name one that returns its result")
 

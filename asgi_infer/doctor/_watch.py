@@ -62,11 +62,11 @@ class Watch:
         """What all threads used, or all but one."""
 
         def growth(field: str) -> float:
-            return sum(
-                getattr(last, field) - getattr(self._first.get(native_id), field, 0)
-                for native_id, last in self._last.items()
-                if native_id != without
-            )
+            total = 0.0
+            for native_id, last in self._last.items():
+                if native_id != without:
+                    total += getattr(last, field) - getattr(self._first.get(native_id), field, 0)
+            return total
 
         return Used(
             cpu=growth("on_cpu"),
