@@ -28,6 +28,8 @@ NOT_FOUND = 127
 INTERRUPTED = 130
 TERMINATED = 143
 
+REPORT = Path("asgi-infer-doctor.html")
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -84,7 +86,7 @@ def doctor(
     patience: Patience = 120.0,
     app_dir: AppDir = ".",
     json_file: Json = None,
-    html: Html = Path("asgi-infer-doctor.html"),
+    html: Html = REPORT,
     no_html: NoHtml = False,
 ) -> None:
     """Measure a model in a script and behind a server, and say where the cores went."""

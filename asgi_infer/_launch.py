@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from .native import cpu
 
 # Never OMP_PROC_BIND or GOMP_CPU_AFFINITY: these bind the thread that loads a library to one CPU.
-_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_COUNTS: tuple[str, ...] = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 # What asgi_infer.native.memory sets with mallopt, as glibc's tunables.
 _TUNABLES = {
@@ -43,7 +43,7 @@ def settings(
     :param allocator: one of ``ALLOCATORS`` to put in its place
     :raises LaunchError: there is no such allocator, or the two exclude each other
     """
-    wanted = dict.fromkeys(_COUNTS, str(threads or budget.threads))
+    wanted: dict[str, str] = dict.fromkeys(_COUNTS, str(threads or budget.threads))
     if budget.hybrid and budget.quota is None:
         wanted["KMP_BLOCKTIME"] = "200"  # ms of spinning, which libomp leaves out on such CPUs
     if allocator is not None:

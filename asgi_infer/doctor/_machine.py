@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 from ..native import cpu, noise
+from ..native._maps import mapped_files
 from ._results import Machine
 
 _POOLS = re.compile(
-    r"/(?:lib)?(?:scipy_)?(gomp|iomp5|omp|openblas|mkl_rt|mkl_core|tbb|onnxruntime)\d*[^/]*$"
+    r"/(?:lib)?(?:scipy_)?(gomp|iomp5|omp|openblas|mkl_rt|mkl_core|tbb|onnxruntime)"
+    r"[^/]*\.so[^/]*$"
 )
 _NAMES = {
     "gomp": "libgomp",
@@ -47,23 +49,8 @@ def describe(loudest: noise.Noise, runtimes: tuple[str, ...]) -> Machine:
 
 def runtimes(pid: int) -> tuple[str, ...]:
     """The native thread pools that a process has loaded: ``libgomp (scikit_learn)``."""
-    try:
-        text = Path(f"/proc/{pid}/maps").read_text(errors="replace")
-    except OSError:
-        return ()  # not Linux
-    return runtimes_of(text)
-
-
-def runtimes_of(maps: str) -> tuple[str, ...]:
-    """Those that a memory map names."""
-    paths = {line[line.index("/") :] for line in maps.splitlines() if "/" in line}
-    found = {
-        f"{_NAMES[match[1]]} ({_package(path)})"
-        for path in paths
-        if ".so" in path and (match := _POOLS.search(path))
-    }
-    if any("onnxruntime_pybind11_state" in path for path in paths):
-        found.add("ONNX Runtime (onnxruntime)")
+    files = mapped_files(_POOLS, Path(f"/proc/{pid}/maps"))
+    found = {f"{_NAMES[match[1]]} ({_package(path)})" for path, match in files.items()}
     return tuple(sorted(found))
 
 
