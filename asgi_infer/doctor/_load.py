@@ -27,22 +27,33 @@ def load(channel: Channel, job: dict[str, Any]) -> None:
 async def _load(channel: Channel, job: dict[str, Any]) -> None:
     port, health = job["port"], Probes(job["port"])
     clients = [await connect(port, job["path"]) for _ in range(job["clients"])]
+    try:
+        await _warm_up(clients, health)
+        channel.send(ready=True)
+        await asyncio.to_thread(channel.receive)
+        measured = await _measure(clients, health, job["seconds"])
+        channel.send(done=True)
+        await measured.rest()
+        await asyncio.to_thread(channel.receive)
+    finally:
+        for connection in [*clients, *health.connections]:
+            connection.close()
+    channel.send(seconds=measured.seconds, latencies=measured.latencies, health=health.latencies)
+
+
+async def _warm_up(clients: list[Connection], health: Probes) -> None:
     warm = ClosedLoop(clients, seconds=_WARM_SECONDS, fewest=_CALLS_FOR_WARMTH * len(clients))
     await warm.run()
     await warm.rest()
     await health.ask()
-    channel.send(ready=True)
-    await asyncio.to_thread(channel.receive)
+
+
+async def _measure(clients: list[Connection], health: Probes, seconds: float) -> ClosedLoop:
+    measured = ClosedLoop(clients, seconds=seconds, fewest=FEWEST_CALLS)
     probing = asyncio.ensure_future(health.run())
-    measured = ClosedLoop(clients, seconds=job["seconds"], fewest=FEWEST_CALLS)
     await measured.run()
     probing.cancel()
-    channel.send(done=True)
-    await measured.rest()
-    await asyncio.to_thread(channel.receive)
-    channel.send(seconds=measured.seconds, latencies=measured.latencies, health=health.latencies)
-    for connection in [*clients, *health.connections]:
-        connection.close()
+    return measured
 
 
 class Connection(asyncio.Protocol):

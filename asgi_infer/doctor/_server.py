@@ -83,7 +83,9 @@ def _in_an_executor(call: Callable[[], object]) -> Endpoint:
     executor = ThreadPoolExecutor(1, "executor")
 
     async def predict() -> str:
-        await asyncio.get_running_loop().run_in_executor(executor, call)
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(executor)  # which ends with the loop
+        await loop.run_in_executor(None, call)
         return "ok"
 
     return predict

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ._case import DIFFERENCE, Case
+from ._figures import counted
 from ._results import Arm, Finding
 
 _BUSY_WITH_ONE = 1.6  # CPUs, of a runner that was to have one native thread
@@ -27,7 +28,7 @@ def thread_count(case: Case) -> Iterator[Finding]:
         yield Finding(
             key="threads",
             severity="advice",
-            headline=f"{best} native threads instead of {case.subject.threads}: {gain:.2f}x",
+            headline=f"{counted(best, 'native thread')} instead of {case.subject.threads}: {gain:.2f}x",
             detail=f"{_sweep(case.sweep)}. More threads than the model can use wait for each "
             "other; threads that share a core slow each other down.",
             lines=_policy(case, best),
@@ -47,7 +48,7 @@ def _spinning(case: Case, usual: float) -> Iterator[Finding]:
         yield Finding(
             key="spinning",
             severity="advice",
-            headline=f"{count} native threads are as fast as {case.subject.threads}, on "
+            headline=f"{counted(count, 'native thread')} as fast as {case.subject.threads}, on "
             f"{arm.cores_used:.1f} CPUs instead of {default.cores_used:.1f}",
             detail=f"{_sweep(case.sweep)}. The other threads burn CPU while they wait for work: "
             "left out, it goes to the event loop, or to another worker.",

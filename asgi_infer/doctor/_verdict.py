@@ -125,7 +125,8 @@ def _two_pools(case: Case) -> Iterator[Finding]:
         return
     worst = max(sleepers, key=lambda arm: arm.switches_per_call)
     if runner and runner.switches_per_call > worst.switches_per_call / 2:
-        return  # the runner is no remedy: something else puts them to sleep
+        yield _sleeps_on_the_runner_too(worst, runner)
+        return
     openmp = any("libgomp" in each for each in case.machine.runtimes)
     gain = ""
     if runner and not case.machine.noisy and runner.calls_per_second > worst.calls_per_second:
@@ -137,6 +138,18 @@ def _two_pools(case: Case) -> Iterator[Finding]:
         f"{worst.switches_per_call:.0f} sleeps per call; load the model on the runner{gain}",
         detail=_why_two_pools(case, worst, runner),
         lines=case.subject.application(),
+    )
+
+
+def _sleeps_on_the_runner_too(worst: Arm, runner: Arm) -> Finding:
+    return Finding(
+        key="sleeps-everywhere",
+        severity="problem",
+        headline=f"the model's threads sleep {worst.switches_per_call:.0f} times per call behind "
+        f"a server, and {runner.switches_per_call:.0f} times on the runner",
+        detail="In the script they do not. Something else in the process has native threads of "
+        "the same kind: a library that the module uses when it is imported, or Python threads of "
+        "the model's own that call it. Move such calls into the model's factory.",
     )
 
 

@@ -113,7 +113,7 @@ class OnMain:
     def __init__(self) -> None:
         self._check()
 
-    def predict(self) -> None:
+    def predict(self, rows: Any) -> None:
         self._check()
 
     @staticmethod
@@ -122,10 +122,22 @@ class OnMain:
             raise RuntimeError("only on the main thread")
 
 
+class Tired:
+    """Can be called twice."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def predict(self, rows: Any) -> None:
+        self.calls += 1
+        if self.calls > 2:
+            raise RuntimeError("tired")
+
+
 class CrashOffMain:
     """Takes its process down on any other thread."""
 
-    def predict(self) -> None:
+    def predict(self, rows: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             os.kill(os.getpid(), signal.SIGSEGV)
 
