@@ -15,6 +15,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
+# -P: the working directory comes first only when the target is looked for.
+_COMMAND = [sys.executable, "-P", "-m", "asgi_infer.doctor._child"]
 _GRACE = 5.0  # seconds to end in by itself
 _MOMENT = 0.2  # seconds in which a child that has crashed is gone
 
@@ -44,9 +46,8 @@ class Child:
 
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile()  # closed in __exit__
-        # -P: the working directory comes first only when the target is looked for.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "asgi_infer.doctor._child"],
+            _COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

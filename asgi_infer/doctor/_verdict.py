@@ -14,7 +14,11 @@ from ._results import Arm, Finding, Machine
 from ._sweep import thread_count
 
 _SLEEPS = 20.0  # voluntary switches a call: a healthy pool has hardly any
-_TIMES_MORE = 10.0  # than in the script
+# A healthy thread spins for about 3 ms before it goes to sleep at a barrier, so that it sleeps
+# 300 times in a second of CPU time at the most, as it does where others have taken a CPU away. A
+# throttled one sleeps thousands of times.
+_SLEEPS_PER_CPU_SECOND = 700.0
+_TIMES_MORE = 10.0  # than in a script that sleeps as well
 _FAULTS = 100.0  # a call
 _SECONDS_PER_FAULT = 2.5e-6
 _NOTICEABLE = 0.03  # seconds that /health waits
@@ -109,13 +113,22 @@ def _quota(case: Case) -> Iterator[Finding]:
 # -- what the server does to the model ---------------------------------------------------------
 
 
+def _sleeps(arm: Arm) -> bool:
+    """Whether the model's threads go to sleep at once instead of spinning for a moment."""
+    often = arm.voluntary_switches >= _SLEEPS_PER_CPU_SECOND * arm.cpu_seconds
+    return often and arm.switches_per_call >= _SLEEPS
+
+
 def _sleepers(case: Case) -> list[Arm]:
     """The usual servers in which the model's threads sleep as they do not in the script."""
     script = case.arms.get("script")
-    usual = script.switches_per_call if script else 0.0
+    usual = script.switches_per_call if script and _sleeps(script) else 0.0
     arms = (case.arms.get(key) for key in ("def", "executor"))
-    enough = max(_SLEEPS, _TIMES_MORE * usual)
-    return [arm for arm in arms if arm and arm.switches_per_call >= enough]
+    return [
+        arm
+        for arm in arms
+        if arm and _sleeps(arm) and arm.switches_per_call >= _TIMES_MORE * usual
+    ]
 
 
 def _two_pools(case: Case) -> Iterator[Finding]:
@@ -124,7 +137,7 @@ def _two_pools(case: Case) -> Iterator[Finding]:
     if not sleepers:
         return
     worst = max(sleepers, key=lambda arm: arm.switches_per_call)
-    if runner and runner.switches_per_call > worst.switches_per_call / 2:
+    if runner and _sleeps(runner) and runner.switches_per_call > worst.switches_per_call / 2:
         yield _sleeps_on_the_runner_too(worst, runner)
         return
     openmp = any("libgomp" in each for each in case.machine.runtimes)
@@ -242,10 +255,7 @@ def _page_faults(case: Case) -> Iterator[Finding]:
 def _sleeps_anyway(case: Case) -> Iterator[Finding]:
     """Native threads that sleep at their barriers even in the script."""
     script = case.arms.get("script")
-    if script is None or script.switches_per_call < _SLEEPS:
-        return
-    per_millisecond = script.switches_per_call / (1000 * case.call) if case.call else 0.0
-    if per_millisecond < 0.5:
+    if script is None or not _sleeps(script):
         return
     yield Finding(
         key="already-sleeping",
@@ -272,20 +282,23 @@ def _server_cost(case: Case) -> Iterator[Finding]:
     worst = min(servers, key=lambda arm: arm.calls_per_second)
     slower = script.calls_per_second / worst.calls_per_second
     overhead = 1 / worst.calls_per_second - 1 / script.calls_per_second
-    if slower <= _SLOWER:
-        yield _healthy(script, worst)
+    if case.machine.noisy:
+        yield _healthy(script, worst, "nothing says that the server is the cause")
+    elif slower <= _SLOWER:
+        speeds = f"{worst.calls_per_second:.1f} calls/s ({worst.title}), "
+        speeds += f"{script.calls_per_second:.1f} in the script"
+        yield _healthy(script, worst, f"the server is not the cause: {speeds}")
     elif overhead < _HTTP:
         yield _http(case, overhead)
-    elif not case.machine.noisy:
+    else:
         yield _slower(script, worst, slower)
 
 
-def _healthy(script: Arm, worst: Arm) -> Finding:
+def _healthy(script: Arm, worst: Arm, headline: str) -> Finding:
     return Finding(
         key="healthy",
         severity="fine",
-        headline=f"the server is not the cause: {worst.calls_per_second:.1f} calls/s "
-        f"({worst.title}), {script.calls_per_second:.1f} in the script",
+        headline=headline,
         detail="The model's threads do not sleep more than in the script "
         f"({worst.switches_per_call:.1f} and {script.switches_per_call:.1f} times per call). If "
         "the application is slow all the same, look at what it does around the call: decoding "

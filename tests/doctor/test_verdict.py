@@ -110,7 +110,15 @@ def test_what_is_found(name: str) -> None:
 
 NOISY_CASES: dict[str, tuple[list[Arm], list[str]]] = {
     "two pools": ([SCRIPT, THROTTLED, RUNNER], ["noise", "two-pools"]),
-    "slower": ([SCRIPT, arm("def", calls=50)], ["noise"]),
+    "slower": ([SCRIPT, arm("def", calls=50)], ["noise", "healthy"]),
+    "sleeps for want of a CPU": (
+        [arm("script", calls=3, sleeps=80), arm("def", calls=3, sleeps=90), RUNNER],
+        ["noise", "healthy"],
+    ),
+    "two pools, and a script and a runner without a CPU": (
+        [arm("script", calls=3, sleeps=80), THROTTLED, arm("runner", calls=3, sleeps=80)],
+        ["noise", "two-pools"],
+    ),
     "threads": ([RUNNER, arm("threads-1", calls=150, cores=1.0), arm("threads-2")], ["noise"]),
     "page faults that cost something": (
         [arm("runner", faults=900, calls=90), arm("runner-retain", calls=20)],
