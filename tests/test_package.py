@@ -234,11 +234,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_the_package(wheel: Path) -> None:
-    """All of the package is in the wheel, the mark of its types too, and nothing beside it."""
+    """All of the package is in the wheel, the mark of its types and the template of the doctor's
+    report too, and nothing beside it."""
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
-    assert names == sources | {"asgi_infer/py.typed"}
+    assert names == sources | {"asgi_infer/py.typed", "asgi_infer/doctor/report.html.jinja"}
 
 
 def test_wheel_says_what_it_needs(wheel: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
@@ -17,6 +18,7 @@ from ._figures import (
     mean_use,
     model_threads,
     number,
+    of_sweep,
     plain,
     share,
 )
@@ -108,17 +110,17 @@ def _draw_threads(plot: Axes, arm: Arm, rows: Sequence[Row], seconds: float) -> 
             alpha=0.45 if row.loop else 1,
             linewidth=0,
         )
-        _write(
-            plot, row.label, y=base - full / 2, pixels=-8, align="right", color=COLOURS["quiet"]
-        )
-        _write(plot, _percent(_mean(row.cpu)), y=base - full / 2, x=1, pixels=43, align="right")
+        y = base - full / 2
+        _write(plot, row.label, x=-0.05, y=y, align="right", shade="quiet")
+        _write(plot, _percent(_mean(row.cpu)), x=1.25, y=y, align="right")
     plot.set_xlim(0, seconds)
-    _tick(plot, [0, seconds], ["0 s", f"{seconds:.3g} s"])
+    if rows:
+        _tick(plot, [0, seconds], ["0 s", f"{seconds:.3g} s"])
 
 
 def _thread_rows(arm: Arm) -> list[Row]:
     model = model_threads(arm)
-    room = MOST_ROWS - 2 if len(model) >= MOST_ROWS else MOST_ROWS
+    room = MOST_ROWS - 1 if len(model) > MOST_ROWS else MOST_ROWS
     rows = [Row(label=_thread_label(arm, t), cpu=t.cpu, loop=False) for t in model[:room]]
     others = [thread.cpu for thread in model[room:]]
     if others:
@@ -157,7 +159,6 @@ def _percent(part: float) -> str:
 
 def costs(arms: Sequence[Arm]) -> list[Picture]:
     """What each way to run the model costs: throughput, sleeps, latencies."""
-    served = [arm for arm in arms if arm.key != "script"]
     return [
         _bars(
             "Calls per second",
@@ -169,16 +170,16 @@ def costs(arms: Sequence[Arm]) -> list[Picture]:
             "How often a thread gives its CPU up inside of a call. Shorter is better.",
             [(arm, arm.switches_per_call if arm.calls else None) for arm in arms],
         ),
-        _spread(
+        *_spread(
             "Latency of the calls",
             "Each call is a stroke. The full dot and the first figure are the median, the empty "
             "dot and the second figure the 99th percentile.",
-            [(arm, arm.latencies) for arm in arms],
+            [(arm, arm.latencies) for arm in arms if arm.latencies],
         ),
-        _spread(
+        *_spread(
             "Latency of /health meanwhile",
             "How long the event loop keeps everybody else waiting: median, 99th percentile.",
-            [(arm, arm.health) for arm in served],
+            [(arm, arm.health) for arm in arms if arm.health],
         ),
     ]
 
@@ -194,8 +195,12 @@ def _bars(title: str, note: str, bars: Sequence[tuple[Arm, float | None]]) -> Pi
     return _named(plot, title, note, said)
 
 
-def _spread(title: str, note: str, rows: Sequence[tuple[Arm, Sequence[float]]]) -> Picture:
-    plot = axes(max(1, len(rows)) * ROW + AXIS, bottom=AXIS)
+def _spread(
+    title: str, note: str, rows: Sequence[tuple[Arm, Sequence[float]]]
+) -> Iterator[Picture]:
+    if not rows:  # nobody was asked, or nobody answered
+        return
+    plot = axes(len(rows) * ROW + AXIS, bottom=AXIS)
     _logarithmic(plot, [value for _, values in rows for value in values])
     for index, (arm, values) in enumerate(rows):
         _draw_spread(plot, index * ROW + 32, sorted(values), colour(arm))
@@ -203,7 +208,7 @@ def _spread(title: str, note: str, rows: Sequence[tuple[Arm, Sequence[float]]]) 
         (arm, f"{duration(percentile(values, 50))}, {duration(percentile(values, 99))}")
         for arm, values in rows
     ]
-    return _named(plot, title, note, said)
+    yield _named(plot, title, note, said)
 
 
 def _draw_spread(plot: Axes, y: float, values: Sequence[float], shade: str) -> None:
@@ -212,9 +217,8 @@ def _draw_spread(plot: Axes, y: float, values: Sequence[float], shade: str) -> N
     ends = [y - 5, y + 5, math.nan] * (len(strokes) // 3)
     plot.plot(strokes, ends, color=shade, alpha=0.5, linewidth=1)
     for percent, fill in ((50, shade), (99, COLOURS["page"])):
-        where = percentile(values, percent)
-        if where is not None:
-            plot.plot([where], [y], "o", color=shade, markerfacecolor=fill, markersize=9, mew=2)
+        at = percentile(values, percent) or 0
+        plot.plot([at], [y], "o", color=shade, markerfacecolor=fill, markersize=9, mew=2)
 
 
 def _thinned(values: Sequence[float]) -> Iterator[float]:
@@ -235,8 +239,8 @@ def _named(plot: Axes, title: str, note: str, said: Sequence[tuple[Arm, str]]) -
 
 
 def _logarithmic(plot: Axes, values: Sequence[float]) -> None:
-    least = max(1e-6, min(values, default=0.01))
-    low, high = least / 1.25, max(2 * least, *values, 0) * 1.25
+    least = max(1e-6, min(values))
+    low, high = least / 1.25, max(2 * least, *values) * 1.25
     plot.set_xscale("log")
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     steps = (1, 2, 5) if math.log10(high / low) < 1.7 else (1,)
@@ -259,7 +263,7 @@ def sweep(arms: Sequence[Arm]) -> list[Picture]:
     return [
         _curve(
             "Calls per second, by native threads",
-            f"Most with {_threads(best)}.",
+            f"The most comes out with {of_sweep(best)}.",
             [(arm, arm.calls_per_second) for arm in arms],
         ),
         _curve(
@@ -275,18 +279,14 @@ def _curve(title: str, note: str, points: Sequence[tuple[Arm, float]]) -> Pictur
     values = [value for _, value in points]
     plot.plot(values, "o-", color=COLOURS["runner"], markersize=8, linewidth=2, clip_on=False)
     plot.set_xlim(0, max(1, len(values) - 1))
-    plot.set_ylim(0, 1.35 * max(values) or 1)
+    highest = max(values) or 1
+    plot.set_ylim(0, 1.3 * highest)
     plot.axhline(0, color=COLOURS["line"], linewidth=1)
     for place, value in enumerate(values):
-        above = {"xytext": (0, 14), "textcoords": "offset pixels"}
-        plot.annotate(number(value), (place, value), ha="center", weight="bold", **above)
-    _tick(plot, range(len(values)), [_threads(arm) for arm, _ in points], align="center")
-    words = "; ".join(f"{_threads(arm)} {number(value)}" for arm, value in points)
+        plot.text(place, value + 0.1 * highest, number(value), ha="center", weight="bold")
+    _tick(plot, range(len(values)), [of_sweep(arm) for arm, _ in points], align="center")
+    words = "; ".join(f"{of_sweep(arm)} {number(value)}" for arm, value in points)
     return Picture(title=title, note=note, svg=inline(plot, key=_key(title), label=words))
-
-
-def _threads(arm: Arm) -> str:
-    return shortened(arm.key.removeprefix("threads-"), 8)
 
 
 # -- common ------------------------------------------------------------------------------------
@@ -296,23 +296,16 @@ def _write(
     plot: Axes,
     text: str,
     *,
-    y: float,
     x: float = 0,
-    pixels: float = 0,
-    align: str = "left",
-    **style: str,
+    y: float,
+    align: Literal["left", "right"] = "left",
+    shade: str = "ink",
+    weight: str = "normal",
 ) -> None:
     """Text at a height of the data's and a part of the plot's width."""
-    plot.annotate(
-        text,
-        (x, y),
-        xycoords=plot.get_yaxis_transform(),
-        xytext=(pixels, 0),
-        textcoords="offset pixels",
-        ha=align,
-        va="center",
-        **style,
-    )
+    place = plot.get_yaxis_transform()
+    style = {"color": COLOURS[shade], "weight": weight}
+    plot.text(x, y, text, style, transform=place, ha=align, va="center")
 
 
 def _tick(plot: Axes, places: Sequence[float], labels: Sequence[str], align: str = "") -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ._results import Arm, Diagnosis, Machine, ThreadTrace
+from ._results import Arm, Diagnosis, Finding, Machine, ThreadTrace
 
 NONE = "-"
 
@@ -72,24 +72,50 @@ def share(part: float, whole: float) -> str:
 
 def plain(text: str) -> str:
     """Text from outside in one line, without what could control a terminal or break a page."""
-    return "".join(each if each.isprintable() else "?" for each in " ".join(text.split()))
+    return code(" ".join(text.split()))
 
 
 def code(line: str) -> str:
-    """A line of code, so with its indentation, without what :func:`plain` takes out."""
-    return " " * (len(line) - len(line.lstrip())) + "".join(
-        each if each.isprintable() else "?" for each in line.strip()
-    )
+    """The same with all of its spaces: a line of code."""
+    return "".join(each if each.isprintable() else "?" for each in line.expandtabs(4))
+
+
+def of_sweep(arm: Arm) -> str:
+    """What an arm is called among the others of the thread sweep: its number of threads."""
+    return plain(arm.key.removeprefix("threads-"))
+
+
+def target(diagnosis: Diagnosis) -> str:
+    """What was called, as one name; a model that is called itself has no more."""
+    return plain(f"{diagnosis.target}.{diagnosis.call}".removesuffix("."))
+
+
+def verdicts(diagnosis: Diagnosis) -> list[Finding]:
+    """The findings, without lines of code that another one before has shown.
+
+    Noise is not among them: it is said before all the rest, by :func:`noise`.
+    """
+    found: list[Finding] = []
+    for finding in diagnosis.findings:
+        if finding.lines and any(finding.lines == before.lines for before in found):
+            detail = f"{finding.detail} The lines to write are those above."
+            found.append(replace(finding, detail=detail, lines=()))
+        elif finding.key != "noise":
+            found.append(finding)
+    return found
 
 
 def noise(machine: Machine) -> str:
     """Why times moved meanwhile, and what holds nevertheless."""
     reasons = [
         (machine.others >= 0.05, f"other processes use {machine.others:.1f} CPUs"),
-        (machine.pressure >= 0.01, f"somebody waits for a CPU {machine.pressure:.0%} of the time"),
+        (
+            machine.pressure >= 0.01,
+            f"somebody waits for a CPU {machine.pressure:.0%} of the time",
+        ),
         (machine.stolen >= 0.01, f"the host takes {machine.stolen:.1f} CPUs away"),
     ]
-    why = ", ".join(text for true, text in reasons if true) or "times moved while it was measured"
+    why = ", ".join(text for true, text in reasons if true) or "not quiet"
     return f"This machine is busy ({why}): trust the switches, not the times."
 
 
@@ -102,10 +128,9 @@ def where(machine: Machine) -> str:
     """The machine in one line."""
     paid = "" if machine.quota is None else f", a quota of {number(machine.quota)} CPUs"
     pools = ", ".join(machine.runtimes) or "none found"
-    return plain(
-        f"{counted(machine.cpus, 'CPU')} on {counted(machine.cores, 'core')}{paid}; {machine.system}; Python {machine.python}; "
-        f"native thread pools: {pools}"
-    )
+    cpus = f"{counted(machine.cpus, 'CPU')} on {counted(machine.cores, 'core')}{paid}"
+    software = f"{machine.system}; Python {machine.python}"
+    return plain(f"{cpus}; {software}; native thread pools: {pools}")
 
 
 # -- threads -----------------------------------------------------------------------------------

@@ -11,13 +11,17 @@ from markupsafe import Markup, escape
 from . import _charts
 from ._figures import (
     ARMS,
+    NONE,
     code,
     columns,
     counted,
     duration,
     noise,
     number,
+    of_sweep,
     plain,
+    target,
+    verdicts,
     where,
 )
 from ._results import Arm, Diagnosis
@@ -28,6 +32,7 @@ GAINS: dict[str, Callable[[Arm], str]] = {
     "sleeps per call": lambda arm: number(arm.switches_per_call),
     "/health, 99th percentile": lambda arm: duration(arm.health_latency(99)),
 }
+COUNTED = {"sleeps per call"}
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
@@ -42,12 +47,11 @@ def report(diagnosis: Diagnosis) -> str:
     with settings():
         page = _template().render(
             diagnosis=diagnosis,
-            findings=[
-                finding
-                for finding in diagnosis.findings
-                if finding.key != "noise" or not diagnosis.machine.noisy  # which has its own place
-            ],
+            findings=verdicts(diagnosis),
             noise=noise(diagnosis.machine) if diagnosis.machine.noisy else "",
+            target=target(diagnosis),
+            title=lambda arm: plain(arm.title),
+            of_sweep=of_sweep,
             clients=counted(diagnosis.clients, "client"),
             where=where(diagnosis.machine),
             gains=_gains(diagnosis),
@@ -79,8 +83,13 @@ def _words(text: str) -> Markup:
 
 
 def _gains(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
-    """What changes from the usual endpoint to the runner: the figure, before, and after."""
+    """What changes from the usual endpoint to the runner: the figure, before, and after.
+
+    On a busy machine that is only what was counted.
+    """
     before, after = diagnosis.arm("def"), diagnosis.arm("runner")
     if before is None or after is None or not before.calls or not after.calls:
         return []
-    return [(name, figure(before), figure(after)) for name, figure in GAINS.items()]
+    told = COUNTED if diagnosis.machine.noisy else GAINS.keys()
+    gains = [(name, figure(before), figure(after)) for name, figure in GAINS.items()]
+    return [gain for gain in gains if gain[0] in told and NONE not in gain]

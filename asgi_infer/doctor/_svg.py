@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import matplotlib as mpl
 from markupsafe import escape
@@ -34,7 +34,7 @@ ROLES = (
 # Matplotlib draws with these, which nobody would choose, and the page's take their place.
 COLOURS = {role: f"#{0xA1B2C0 + number:06x}" for number, role in enumerate(ROLES)}
 
-SETTINGS = {
+SETTINGS: dict[Any, str | float] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "asgi_infer",  # the same figure is the same text
     "text.parse_math": False,  # a dollar in a name is a dollar

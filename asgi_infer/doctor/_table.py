@@ -10,7 +10,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ._figures import Column, code, columns, counted, noise, plain, where
+from ._figures import (
+    Column,
+    code,
+    columns,
+    counted,
+    noise,
+    of_sweep,
+    plain,
+    target,
+    verdicts,
+    where,
+)
 from ._results import Arm, Diagnosis, Finding
 
 WORDS = {"problem": "PROBLEM", "advice": "ADVICE", "fine": "FINE"}
@@ -29,30 +40,31 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     """
     if diagnosis.machine.noisy:
         console.print(Text(noise(diagnosis.machine), style="bold yellow"), end="\n\n")
-    target = plain(f"{diagnosis.target}.{diagnosis.call}")
-    console.print(Text(f"{target}, {counted(diagnosis.clients, 'client')}", style="bold"))
+    console.print(
+        Text(f"{target(diagnosis)}, {counted(diagnosis.clients, 'client')}", style="bold")
+    )
     console.print(Text(where(diagnosis.machine), style="dim"), end="\n\n")
     shown = columns(diagnosis)
-    _print_arms(console, diagnosis, diagnosis.arms, "how it was run", shown)
-    few = [column for column in shown if column.sweep]
-    _print_arms(console, diagnosis, diagnosis.sweep, "threads", few)
-    for finding in diagnosis.findings:
-        if finding.key != "noise" or not diagnosis.machine.noisy:  # which came first
-            _print_finding(console, finding)
+    titles = [plain(arm.title) for arm in diagnosis.arms]
+    _print_arms(console, ["how it was run", *titles], _cells(diagnosis, diagnosis.arms, shown))
+    if diagnosis.sweep:
+        few = [column for column in shown if column.sweep]
+        titles = [of_sweep(arm) for arm in diagnosis.sweep]
+        _print_arms(console, ["threads", *titles], _cells(diagnosis, diagnosis.sweep, few))
+    for finding in verdicts(diagnosis):
+        _print_finding(console, finding)
 
 
-def _print_arms(
-    console: Console,
-    diagnosis: Diagnosis,
-    arms: Sequence[Arm],
-    heading: str,
-    shown: Sequence[Column],
-) -> None:
-    cells = {column: [column.cell(arm, diagnosis) for arm in arms] for column in shown}
-    titles = [plain(arm.title) for arm in arms]
-    width = min(WIDEST_TITLE, max(map(len, (heading, *titles))))
-    for side_by_side in _fitting(cells, console.width - width) if arms else ():
-        console.print(_table(heading, titles, {each: cells[each] for each in side_by_side}))
+def _cells(
+    diagnosis: Diagnosis, arms: Sequence[Arm], shown: Sequence[Column]
+) -> dict[Column, list[str]]:
+    return {column: [column.cell(arm, diagnosis) for arm in arms] for column in shown}
+
+
+def _print_arms(console: Console, titles: Sequence[str], cells: dict[Column, list[str]]) -> None:
+    width = min(WIDEST_TITLE, max(map(len, titles)))
+    for side_by_side in _fitting(cells, console.width - width):
+        console.print(_table(titles, {column: cells[column] for column in side_by_side}))
         console.print()
 
 
@@ -70,12 +82,12 @@ def _fitting(cells: dict[Column, list[str]], width: int) -> Iterator[list[Column
     yield group
 
 
-def _table(heading: str, titles: list[str], cells: dict[Column, list[str]]) -> Table:
+def _table(titles: Sequence[str], cells: dict[Column, list[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, GAP - 1, 0, 0), show_edge=False)
-    table.add_column(heading, max_width=WIDEST_TITLE, overflow="ellipsis", no_wrap=True)
+    table.add_column(titles[0], max_width=WIDEST_TITLE, overflow="crop", no_wrap=True)
     for column in cells:
         table.add_column(column.header, justify="right", no_wrap=True)
-    for title, *values in zip(titles, *cells.values(), strict=True):
+    for title, *values in zip(titles[1:], *cells.values(), strict=True):
         table.add_row(Text(title), *values)
     return table
 
