@@ -115,7 +115,7 @@ def run(
         bool, typer.Option("--retain-memory", help="Keep freed memory in the process (glibc).")
     ] = False,
     allocator: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(_launch.ALLOCATORS)}.")
+        str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(_launch.PACKAGES)}.")
     ] = None,
 ) -> None:
     """Execute a command in the environment that native libraries need before they are loaded.

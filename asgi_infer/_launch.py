@@ -21,7 +21,12 @@ _TUNABLES = {
     "glibc.malloc.top_pad": 64 * 2**20,
 }
 
-ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
+PACKAGES = {
+    "jemalloc": "libjemalloc2",
+    "tcmalloc": "libtcmalloc-minimal4",
+    "mimalloc": "libmimalloc2.0",
+}
+"""The allocators to choose from, and what Debian calls their packages."""
 
 
 class LaunchError(Exception):
@@ -40,7 +45,7 @@ def settings(
 
     :param threads: for each native library; by default what the budget says
     :param retain_memory: have glibc's malloc keep freed memory
-    :param allocator: one of ``ALLOCATORS`` to put in its place
+    :param allocator: one of ``PACKAGES`` to put in its place
     :raises LaunchError: there is no such allocator, or the two exclude each other
     """
     wanted: dict[str, str] = dict.fromkeys(_COUNTS, str(threads or budget.threads))
@@ -69,12 +74,15 @@ def executable(command: Sequence[str], path: str | None) -> str:
 
 
 def _library(allocator: str) -> str:
-    if allocator not in ALLOCATORS:
-        raise LaunchError(f"--allocator is one of {', '.join(ALLOCATORS)}, not {allocator!r}")
-    found = ctypes.util.find_library(allocator)
-    if found is None:
-        raise LaunchError(f"{allocator} is not installed: on Debian, apt install lib{allocator}2")
-    return found
+    if allocator not in PACKAGES:
+        raise LaunchError(f"--allocator is one of {', '.join(PACKAGES)}, not {allocator!r}")
+    for name in (allocator, f"{allocator}_minimal"):
+        found = ctypes.util.find_library(name)
+        if found is not None:
+            return found
+    raise LaunchError(
+        f"{allocator} is not installed: on Debian, apt install {PACKAGES[allocator]}"
+    )
 
 
 def _tunables(present: str) -> dict[str, str]:

@@ -47,8 +47,8 @@ CASES: dict[str, tuple[list[Arm], list[str]]] = {
         ["sleeps-everywhere"],
     ),
     "it sleeps in the script, not much more in the server": (
-        [arm("script", sleeps=15), arm("def", sleeps=100), RUNNER],
-        ["healthy"],
+        [arm("script", sleeps=30), arm("def", sleeps=200), RUNNER],
+        ["already-sleeping", "healthy"],
     ),
     "it sleeps in the script as well": (
         [arm("script", sleeps=500), arm("def", sleeps=600), RUNNER],

@@ -1,0 +1,302 @@
+"""Facts about the command: what it prints, what it writes, how it ends, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from asgi_infer import _commands, cli
+from asgi_infer.doctor import _doctor
+from asgi_infer.doctor._results import Diagnosis
+from asgi_infer.doctor._target import TargetError
+
+from .conftest import ON_LINUX
+from .doctor import diagnoses, models
+from .gates import LIMIT
+from .polling import until_true
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-c", "from asgi_infer.cli import main; main()"]
+MODEL = [f"{models.__name__}:Model", "--app-dir", str(ROOT), "--input", f"{models.__name__}:row"]
+
+on_linux = pytest.mark.skipif(not ON_LINUX, reason="counters are read from /proc")
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is named, and how to install it; the exit code is 1."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == (
+        "asgi-infer needs typer, matplotlib: pip install 'asgi-infer[doctor]'"
+    )
+
+
+def test_with_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The command has its name, and says what it can do."""
+    monkeypatch.setattr(sys, "argv", ["whatever", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "asgi-infer" in out
+    assert "doctor" in out
+    assert "run" in out
+
+
+# -- doctor, without measuring -----------------------------------------------------------------
+
+Invoke = Callable[..., Any]
+DIAGNOSIS = diagnoses.two_pools()
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
+    """Runs ``asgi-infer doctor`` in an empty directory; the diagnosis is given, or is raised."""
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str, found: Diagnosis | BaseException = DIAGNOSIS) -> Any:
+        def diagnose(*details: Any) -> Diagnosis:
+            asked.append(details)
+            details[2]("script", 0.5)
+            details[2]("script", 0.6)
+            if isinstance(found, BaseException):
+                raise found
+            return found
+
+        monkeypatch.setattr(_doctor, "diagnose", diagnose)
+        result = CliRunner().invoke(_commands.app, ["doctor", "m:Model", *arguments])
+        signal.signal(signal.SIGTERM, before)
+        return result
+
+    asked: list[Any] = []
+    run.asked = asked  # type: ignore[attr-defined]
+    return run
+
+
+def test_the_table_and_the_report(invoke: Invoke, tmp_path: Path) -> None:
+    """The figures and the verdict are printed, and the report is written, and where is said."""
+    result = invoke()
+    assert result.exit_code == 0
+    assert "two OpenMP pools" in result.stdout
+    assert result.stdout.endswith("written: asgi-infer-doctor.html\n")
+    assert "two OpenMP pools" in (tmp_path / "asgi-infer-doctor.html").read_text()
+
+
+def test_what_goes_on_is_told_once(invoke: Invoke) -> None:
+    """Where there is no terminal, each arm gets one line, beside the output."""
+    assert invoke("--no-html").stderr == " 50% script\n"
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal a bar shows what goes on."""
+    console = Console(force_terminal=True, width=100, record=True)
+    monkeypatch.setattr(_commands, "Console", lambda **options: console)
+    with _commands._progress() as progress, console.capture() as shown:
+        progress("def endpoint", 0.5)
+    assert "def endpoint" in shown.get()
+
+
+def test_options(invoke: Invoke) -> None:
+    """Every option reaches the doctor; arms are measured in one order, whatever was given."""
+    invoke("--no-html", "--call", "predict", "--input", "m:x", "--app-dir", "d", "--clients", "3",
+           "--seconds", "0.5", "--arms", "runner, script", "--no-sweep", "--patience", "9")  # fmt: skip
+    target, options, _ = invoke.asked[-1]  # type: ignore[attr-defined]
+    assert vars(target) == {"model": "m:Model", "call": "predict", "sample": "m:x", "app_dir": "d"}
+    assert vars(options) == {
+        "seconds": 0.5,
+        "clients": 3,
+        "arms": ("script", "runner"),
+        "sweep": False,
+        "patience": 9.0,
+    }
+
+
+def test_json_on_standard_output(invoke: Invoke, tmp_path: Path) -> None:
+    """``--json -`` prints JSON and nothing else; where the report went is said beside it."""
+    result = invoke("--json", "-", "--html", "page.html")
+    assert json.loads(result.stdout)["findings"][0]["key"] == "two-pools"
+    assert "written: page.html" in result.stderr
+    assert (tmp_path / "page.html").exists()
+
+
+def test_json_in_a_file(invoke: Invoke, tmp_path: Path) -> None:
+    """``--json FILE`` writes it beside the table; ``--no-html`` writes no report."""
+    result = invoke("--json", "figures.json", "--no-html")
+    assert json.loads((tmp_path / "figures.json").read_text())["target"] == DIAGNOSIS.target
+    assert result.stdout.endswith("written: figures.json\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--arms", "scripts"], "--arms takes script, def, async-def, executor, runner, "
+         "runner-retain, and not scripts"),
+        (["--arms", ","], "and not nothing"),
+        (["--json", "/nowhere/figures.json"], "/nowhere/figures.json can't be written"),
+        (["--html", "/"], "/ can't be written: name another file"),
+    ],
+)  # fmt: skip
+def test_bad_options(invoke: Invoke, arguments: list[str], told: str) -> None:
+    """What can't be done is told in one line, before anything is measured."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not invoke.asked  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (TargetError("m has no 'Model'"), 2, "asgi-infer: m has no 'Model'"),
+        (KeyboardInterrupt(), 130, "asgi-infer: interrupted: nothing is left running"),
+    ],
+)
+def test_ends(invoke: Invoke, error: BaseException, code: int, told: str) -> None:
+    """Whatever ends it has one line and an exit code."""
+    result = invoke(found=error)
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-1] == told
+
+
+# -- doctor, for real --------------------------------------------------------------------------
+
+
+@on_linux
+def test_a_real_diagnosis(tmp_path: Path) -> None:
+    """From the command line to the figures and the report, through real processes."""
+    arguments = [*MODEL, "--call", "predict", "--seconds", "0.1", "--arms", "script,runner"]
+    options = ["--no-sweep", "--json", "-", "--html", str(tmp_path / "page.html")]
+    result = subprocess.run(
+        [*COMMAND, "doctor", *arguments, *options],
+        check=True,
+        timeout=50,
+        capture_output=True,
+        text=True,
+    )
+    assert [arm["key"] for arm in json.loads(result.stdout)["arms"]] == ["script", "runner"]
+    assert (tmp_path / "page.html").read_text().startswith("<!")
+
+
+@on_linux
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_diagnosis(by: signal.Signals, code: int) -> None:
+    """Ctrl-C and ``kill`` end it at once, with all that it started."""
+    command = [*COMMAND, "doctor", *MODEL, "--call", "hang", "--no-html"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as doctor:
+        assert doctor.stderr is not None
+        me = psutil.Process(doctor.pid)
+        until_true(me.children)
+        children = me.children(recursive=True)
+        doctor.send_signal(by)
+        assert doctor.wait(LIMIT) == code
+        last = doctor.stderr.read().splitlines()[-1]
+    assert not any(child.is_running() for child in children)
+    if by is signal.SIGINT:
+        assert last == "asgi-infer: interrupted: nothing is left running"
+
+
+# -- run ---------------------------------------------------------------------------------------
+
+
+def launched(*arguments: str, **environment: str) -> Any:
+    """``asgi-infer run``, for real."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    usual = {name: value for name, value in os.environ.items() if name not in names}
+    return subprocess.run(
+        [*COMMAND, "run", *arguments],
+        check=False,
+        timeout=50,
+        capture_output=True,
+        text=True,
+        env={**usual, **environment},
+    )
+
+
+def test_run() -> None:
+    """The command is executed with its own options, in an environment that is told."""
+    show = "import os, sys; print(os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'],"
+    program = [sys.executable, "-c", f"{show} sys.argv[1:])", "--threads", "9"]
+    result = launched("--threads", "3", "--", *program, MKL_NUM_THREADS="1")
+    assert result.stdout == "3 1 ['--threads', '9']\n"
+    assert result.stderr.splitlines() == [
+        "asgi-infer: OMP_NUM_THREADS=3",
+        "asgi-infer: OPENBLAS_NUM_THREADS=3",
+    ]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``asgi-infer run``, which executes nothing but notes what it would."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def execve(path: str, command: list[str], environment: dict[str, str]) -> None:
+        if "no-program" in path:
+            raise OSError(8, "Exec format error")
+        done.append((path, command, environment))
+
+    def invoke(*arguments: str) -> Any:
+        result = CliRunner().invoke(_commands.app, ["run", *arguments])
+        signal.signal(signal.SIGTERM, before)
+        return result
+
+    done: list[Any] = []
+    invoke.done = done  # type: ignore[attr-defined]
+    monkeypatch.setattr(os, "execve", execve)
+    return invoke
+
+
+def test_what_is_executed(run: Callable[..., Any]) -> None:
+    """The file that was found, under the name that was given, with what was there and was set."""
+    run("--retain-memory", "env", "-0")
+    ((path, command, environment),) = run.done  # type: ignore[attr-defined]
+    assert Path(path).name == "env"
+    assert command == ["env", "-0"]
+    assert "mmap_max=0" in environment["GLIBC_TUNABLES"]
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        ([], 2, "Missing argument"),
+        (["no-such-command"], 127, "there is no command 'no-such-command': is it installed"),
+        (["--allocator", "malloc", "env"], 2, "--allocator is one of"),
+        (["--threads", "0", "env"], 2, "Invalid value for '--threads'"),
+    ],
+)
+def test_what_can_not_be_run(
+    run: Callable[..., Any], arguments: list[str], code: int, told: str
+) -> None:
+    """Nothing is executed; what is wrong is said, with the code that shells have for it."""
+    result = run(*arguments)
+    assert (result.exit_code, told in result.stderr) == (code, True)
+    assert not run.done  # type: ignore[attr-defined]
+
+
+def test_a_file_that_is_no_program(run: Callable[..., Any], tmp_path: Path) -> None:
+    """What the system refuses to execute is told."""
+    program = tmp_path / "no-program"
+    program.write_text("nothing")
+    program.chmod(0o755)
+    result = run(str(program))
+    assert result.exit_code == 126
+    assert "can't be executed: Exec format error" in result.stderr
