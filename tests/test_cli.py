@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -62,7 +63,7 @@ def test_with_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 # -- doctor, without measuring -----------------------------------------------------------------
 
 Invoke = Callable[..., Any]
-DIAGNOSIS = diagnoses.two_pools()
+DIAGNOSIS = diagnoses.throttled()
 
 
 @pytest.fixture
@@ -106,11 +107,12 @@ def test_what_goes_on_is_told_once(invoke: Invoke) -> None:
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal a bar shows what goes on."""
-    console = Console(force_terminal=True, width=100, record=True)
+    terminal = io.StringIO()
+    console = Console(force_terminal=True, width=100, file=terminal)
     monkeypatch.setattr(_commands, "Console", lambda **options: console)
-    with _commands._progress() as progress, console.capture() as shown:
+    with _commands._progress() as progress:
         progress("def endpoint", 0.5)
-    assert "def endpoint" in shown.get()
+    assert "def endpoint" in terminal.getvalue()
 
 
 def test_options(invoke: Invoke) -> None:
@@ -198,18 +200,20 @@ def test_a_real_diagnosis(tmp_path: Path) -> None:
 
 @on_linux
 @pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_diagnosis(by: signal.Signals, code: int) -> None:
-    """Ctrl-C and ``kill`` end it at once, with all that it started."""
+def test_an_interrupted_diagnosis(by: signal.Signals, code: int, tmp_path: Path) -> None:
+    """Ctrl-C and ``kill`` end it at once, with all that it started, in the middle of a call."""
     command = [*COMMAND, "doctor", *MODEL, "--call", "hang", "--no-html"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as doctor:
+    hangs = tmp_path / "hangs"
+    environment = {**os.environ, "HANGS": str(hangs), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as doctor:
         assert doctor.stderr is not None
-        me = psutil.Process(doctor.pid)
-        until_true(me.children)
-        children = me.children(recursive=True)
+        until_true(hangs.exists)
+        (child,) = psutil.Process(doctor.pid).children(recursive=True)
         doctor.send_signal(by)
         assert doctor.wait(LIMIT) == code
         last = doctor.stderr.read().splitlines()[-1]
-    assert not any(child.is_running() for child in children)
+    assert not child.is_running()
+    assert list(tmp_path.iterdir()) == [hangs]  # no temporary file either
     if by is signal.SIGINT:
         assert last == "asgi-infer: interrupted: nothing is left running"
 

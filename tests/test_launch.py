@@ -31,9 +31,7 @@ def test_what_is_set_stays() -> None:
 @pytest.mark.parametrize(("quota", "added"), [(None, {"KMP_BLOCKTIME": "200"}), (2.0, {})])
 def test_spinning(quota: float | None, added: dict[str, str]) -> None:
     """On fast and slow cores libomp is told to spin, but not at the cost of a quota."""
-    hybrid = CpuBudget(
-        cpus=BUDGET.cpus, cores=4, hybrid=True, quota=quota, threads=2, reason=""
-    )
+    hybrid = CpuBudget(cpus=BUDGET.cpus, cores=4, hybrid=True, quota=quota, threads=2, reason="")
     assert settings({}, hybrid) == {**dict.fromkeys(COUNTS, "2"), **added}
 
 

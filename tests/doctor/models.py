@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 REGIONS = 50
@@ -71,6 +72,8 @@ class Model:
         return (each for each in rows)
 
     def hang(self, rows: Any) -> None:
+        if "HANGS" in os.environ:
+            Path(os.environ["HANGS"]).touch()
         time.sleep(1000)
 
     def crash(self, rows: Any) -> None:
