@@ -10,6 +10,7 @@ from contextvars import Context, ContextVar
 from typing import Any, Protocol
 
 from ._errors import CallCancelled
+from ._model import name_of
 
 Work = tuple[Any, tuple[Any, ...]]
 """A function and its arguments."""
@@ -38,6 +39,17 @@ class Port(Protocol):
 
     def post(self, waiter: Any, /) -> None:
         """Wake the caller behind ``waiter``. From any thread; never raises, never blocks."""
+        ...
+
+    def call_soon_threadsafe(self, func: Callable[[], object], /) -> bool:
+        """Call ``func`` on the loop, at its next turn; False if there is none (any more).
+
+        From any thread; never raises.
+        """
+        ...
+
+    def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
+        """Call ``func`` in ``delay`` seconds; return what cancels that. On the loop's thread."""
         ...
 
 
@@ -89,6 +101,12 @@ class Call:
         self.waiter = waiter
         self.state = CallState.QUEUED
         self.departure: Departure | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call its function, while that is still known."""
+        work = self.work  # read once: the thread lets go of it without the lock
+        return "the call" if work is None else name_of(work[0])
 
     def outcome(self) -> Any:
         """Hand the outcome over, once: return the value or raise the error.

@@ -6,9 +6,9 @@ spinning. One native call on the event loop's thread is enough, and the model is
 on. The sign is exact: the inference thread goes to sleep hundreds of times in a call, and hardly
 ever otherwise.
 
-What follows costs something (a look at ``/proc/self/task``, and a pool that may be missed where
-it was), so that it takes several such calls in a row, and twice as many each time: where stray
-calls keep coming, their pool would have to be given back for each of them in vain.
+What follows from it costs about a millisecond (reading ``/proc``, and making a pool anew where
+it was given back), so that it takes several such calls in a row, and twice as many each time.
+Where stray calls keep coming, their pool is given back now and then, and not for each of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from ._call import Call, Port
-from ._model import name_of
 from ._statistics import Usage
 from .native import openmp, procfs
 
@@ -30,26 +29,27 @@ SLEEPY = 20
 """Voluntary context switches of a call from which on it may be throttled."""
 
 _PATIENCE = 3  # such calls in a row before anything is done
-_MOST_PATIENCE = 1536
+_PATIENCE_AFTER_SUCCESS = 24  # at the most: when the strays end, the model is soon well again
+_PATIENCE_IN_VAIN = 1536  # at the most: a model may sleep for reasons of its own
 _CALM = 10  # times the patience: calls without a sign after which it starts anew
 
 
-def foreign_threads(name: str) -> set[int]:
-    """The native ids of the threads that are neither Python's nor carry ``name``.
+def native_threads(name: str) -> tuple[set[int], set[int]]:
+    """The threads that Python did not start: those that carry ``name``, and the others.
 
     :param name: the runner's, which all native threads of its model inherit
     """
     try:
         ids = procfs.thread_ids() - {thread.native_id for thread in threading.enumerate()}
     except OSError:  # not Linux
-        return set()
-    ours = procfs.kernel_name(name)
-    foreign = set()
+        return set(), set()
+    kernel_name = procfs.kernel_name(name)
+    ours: set[int] = set()
+    foreign: set[int] = set()
     for native_id in ids:
         with suppress(OSError):  # it has ended in between
-            if procfs.thread_name(native_id) != ours:
-                foreign.add(native_id)
-    return foreign
+            (ours if procfs.thread_name(native_id) == kernel_name else foreign).add(native_id)
+    return ours, foreign
 
 
 class ForeignPools:
@@ -67,7 +67,7 @@ class ForeignPools:
         self._calm = 0  # calls in a row that did not
         self._ports: set[Port] = set()  # the loops that the sleepy ones came from
         self._release: _Release | None = None  # under way, on those loops
-        self._said: set[str] = set()
+        self._told = False  # that a pool can't be given back
 
     def note(self, call: Call, switches: int) -> None:
         """A call has ended in which the thread went to sleep ``switches`` times."""
@@ -86,12 +86,15 @@ class ForeignPools:
         if self._sleepy < self._patience:
             return
         self._sleepy = 0
-        self._patience = min(2 * self._patience, _MOST_PATIENCE)
         ports, self._ports = self._ports, set()
-        foreign = foreign_threads(self._name)
+        ours, foreign = native_threads(self._name)
         self._usage.foreign_threads = len(foreign)
-        if foreign and openmp.loaded_runtimes():
+        libgomp = any(runtime.family == "libgomp" for runtime in openmp.loaded_runtimes())
+        # Without a pool of its own there is nothing of the model's to throttle.
+        if ours and foreign and libgomp:
             self._release = _Release(foreign, ports)
+        else:
+            self._wait_longer(_PATIENCE_IN_VAIN)
 
     def _relax(self) -> None:
         self._sleepy = 0
@@ -101,46 +104,48 @@ class ForeignPools:
             self._ports.clear()
             self.alert = False
 
+    def _wait_longer(self, limit: int) -> None:
+        self._patience = min(2 * self._patience, max(self._patience, limit))
+
     def _conclude(self, release: _Release, call: Call, switches: int) -> None:
         """See what has come of it, once a whole call has run since."""
         if not release.over(call.started):
             return
         self._release = None
-        self._calm = 0
         gone = release.foreign - procfs.thread_ids()
         self._usage.foreign_threads -= len(gone)
         if gone:
             self._usage.pools_returned += 1
+            self._wait_longer(_PATIENCE_AFTER_SUCCESS)
             self._report_returned(call)
-        elif switches >= SLEEPY:
-            self._report_kept(call, switches, release.foreign)
+        else:
+            self._wait_longer(_PATIENCE_IN_VAIN)
+            if switches >= SLEEPY and not self._told:
+                self._told = True
+                self._report_kept(call, switches)
 
     def _report_returned(self, call: Call) -> None:
         count = self._usage.pools_returned
-        if count & (count - 1):  # the 1st, 2nd, 4th, 8th ...
+        if count & (count - 1):  # neither the 1st time nor the 2nd, 4th, 8th ...
             return
         logger.warning(
-            "%s was slowed down by a second OpenMP pool, of a native call on the event loop's "
-            "thread; the pool has been given back (%d so far). Make that call with "
-            "runner.run(), too: every native call belongs on the model's thread",
-            _name(call),
+            "%s was slowed down by a second OpenMP pool, which a native call on the event loop's "
+            "thread had made; it has been given back (%d so far). Make that call with "
+            "runner.run(), too: native calls belong on the model's thread",
+            call.name,
             count,
         )
 
-    def _report_kept(self, call: Call, switches: int, foreign: Iterable[int]) -> None:
-        if "kept" in self._said:
-            return
-        self._said.add("kept")
-        names = sorted(set(procfs.all_thread_names().get(each, "?") for each in foreign))
+    def _report_kept(self, call: Call, switches: int) -> None:
+        others = {thread.name for thread in threading.enumerate()} - {self._name}
         logger.warning(
-            "%s went to sleep %d times in a call, as OpenMP does where a second thread uses it "
-            "as well: not the event loop's, so that its pool can't be given back from here. "
-            "Look for native calls in 'def' endpoints and in threads, and make them with "
-            "runner.run(), too (native threads that are not the model's: %d, named %s)",
-            _name(call),
+            "%s goes to sleep %d times in a call, as OpenMP does where a second thread uses it: "
+            "not the event loop's thread, so that its pool can't be given back from here. Look "
+            "for native calls in 'def' endpoints and threads, and make them with runner.run(). "
+            "Threads that there are: %s",
+            call.name,
             switches,
-            len(set(foreign)),
-            ", ".join(names),
+            ", ".join(sorted(others)),
         )
 
 
@@ -167,8 +172,3 @@ class _Release:
     def _run(self) -> None:
         openmp.release_pools()
         self._done.append(time.monotonic())
-
-
-def _name(call: Call) -> str:
-    work = call.work
-    return "the call" if work is None else name_of(work[0])

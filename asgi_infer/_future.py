@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -103,6 +103,15 @@ class FuturePort:
             waiter.settle()
         except BaseException:  # a future lets through what its callbacks raise beside Exception
             logger.exception("a done-callback of a future raised")
+
+    def call_soon_threadsafe(self, func: Callable[[], object], /) -> bool:
+        """There is no loop to call it on."""
+        del func
+        return False
+
+    def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
+        """There is no loop to call this on, either."""
+        raise NotImplementedError
 
 
 FUTURE_PORT = FuturePort()

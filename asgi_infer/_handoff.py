@@ -25,7 +25,6 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
-from contextlib import suppress
 from contextvars import Context
 from typing import Any, Protocol, TypeVar
 
@@ -60,8 +59,11 @@ class LoopPort(Protocol):
         """Call ``func`` in ``delay`` seconds; return what cancels that. On the loop's thread."""
         ...
 
-    def call_soon_threadsafe(self, func: Callable[[], object], /) -> None:
-        """Call ``func`` on the loop, at its next turn. From any thread; never raises."""
+    def call_soon_threadsafe(self, func: Callable[[], object], /) -> bool:
+        """Call ``func`` on the loop, at its next turn; False if the loop has ended.
+
+        From any thread; never raises.
+        """
         ...
 
     def spawn(self, func: Callable[[], Awaitable[None]], /) -> Callable[[], object]:
@@ -167,15 +169,12 @@ class AsyncioPort:
         if self._woken:
             return
         self._woken = True
-        if not self._post(self._drain):
+        if not self.call_soon_threadsafe(self._drain):
             self._woken = False
             self._posted.clear()
 
     def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
         return asyncio.get_running_loop().call_later(delay, func).cancel
-
-    def call_soon_threadsafe(self, func: Callable[[], object], /) -> None:
-        self._post(func)
 
     def spawn(self, func: Callable[[], Awaitable[None]], /) -> Callable[[], object]:
         async def task() -> None:
@@ -184,7 +183,7 @@ class AsyncioPort:
         # The returned method keeps the task alive: the loop itself holds tasks weakly.
         return asyncio.get_running_loop().create_task(task()).cancel
 
-    def _post(self, func: Callable[[], object]) -> bool:
+    def call_soon_threadsafe(self, func: Callable[[], object], /) -> bool:
         loop = self.loop()
         if loop is None:
             return False
@@ -207,7 +206,7 @@ class AsyncioPort:
         finally:
             # A task that exits the program (SystemExit) comes through here; the others stay due.
             if due:
-                self._post(self._drain)
+                self.call_soon_threadsafe(self._drain)
 
 
 class TrioWaiter:
@@ -253,9 +252,12 @@ class TrioPort:
 
         return self.spawn(later)
 
-    def call_soon_threadsafe(self, func: Callable[[], object], /) -> None:
-        with suppress(self._trio.RunFinishedError):
+    def call_soon_threadsafe(self, func: Callable[[], object], /) -> bool:
+        try:
             self.token.run_sync_soon(func)
+        except self._trio.RunFinishedError:
+            return False
+        return True
 
     def spawn(self, func: Callable[[], Awaitable[None]], /) -> Callable[[], object]:
         scope = self._trio.CancelScope()

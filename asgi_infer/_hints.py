@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import mmap
+import os
 import time
 from collections.abc import Callable
 from functools import cache
@@ -70,8 +71,8 @@ class Hints:
         if not self._agreed("faults", sign=share > _FAULT_SHARE):
             return None
         return (
-            f"{look.func} spends {share:.0%} of its time on page faults ({look.faults} in a call), "
-            f"to get memory that the call before has given back: "
+            f"{look.func} spends {share:.0%} of its time on page faults ({look.faults} in a "
+            f"call), to get memory that the call before has given back: "
             f"NativePolicy(retain_memory=True) keeps it"
         )
 
@@ -109,17 +110,18 @@ class Hints:
         if self._looks & (self._looks - 1):  # at the 1st look, the 2nd, 4th, 8th ...
             return None
         try:
-            counts = [processes.threads_named(self._name, pid) for pid in processes.siblings()]
+            pids = [os.getpid(), *processes.siblings()]
         except (OSError, ValueError):  # not Linux, or a kernel that doesn't tell
             return None
-        others = [count for count in counts if count]
-        cpus, mine = len(cpu.IMPORT_AFFINITY), self._native.thread_count
-        if not others or sum(others) + mine <= cpus:
+        mine, *others = (processes.threads_named(self._name, pid) for pid in pids)
+        pools = [mine, *(count for count in others if count > 1)]  # one thread makes no pool
+        cpus = len(cpu.IMPORT_AFFINITY)
+        if mine < 2 or len(pools) < 2 or sum(pools) <= cpus:
             return None
         return (
-            f"{len(others) + 1} processes of this server run a model named {self._name!r}, with "
-            f"{sum(others) + mine} native threads on {cpus} CPUs, which slows all of them down: "
-            f"set NativePolicy(threads={max(1, cpus // (len(others) + 1))}), or start fewer workers"
+            f"{len(pools)} processes of this server run a model named {self._name!r}, with "
+            f"{sum(pools)} native threads on {cpus} CPUs, which slows all of them down: "
+            f"set NativePolicy(threads={max(1, cpus // len(pools))}), or start fewer workers"
         )
 
 

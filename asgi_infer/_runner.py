@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from concurrent.futures import Executor, Future, wait
 from contextlib import asynccontextmanager
 from contextvars import copy_context
+from dataclasses import asdict
 from functools import partial, update_wrapper
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast
@@ -21,7 +22,7 @@ from ._future import FUTURE_PORT, CallFuture, cancel_all
 from ._handoff import current_port, wait_for
 from ._model import ModelReference
 from ._scheduler import Scheduler, retry_after
-from ._statistics import Counters, RunnerStatistics
+from ._statistics import Counters, RunnerStatistics, Usage
 from ._thread import InferenceThread
 from .native import NativePolicy, openmp
 from .workers import ThreadWorker
@@ -93,6 +94,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         self._users = 0  # guarded by _start_lock
         self._start_lock = threading.Lock()
         self._counters = Counters()  # guarded by _lock
+        self._usage = Usage()  # written by the inference thread alone
         # Re-entrant, since a collection may finalize this runner on a thread that holds it.
         self._lock = threading.RLock()
 
@@ -338,6 +340,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         """What the runner has done and is doing, read at one instant."""
         thread = self._thread
         schedulers = [] if thread is None else thread.schedulers
+        usage = asdict(self._usage)
         with self._lock:
             counters = self._counters
             return RunnerStatistics(
@@ -351,6 +354,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 running=counters.running,
                 late=counters.late,
                 service_time=counters.service_time,
+                **usage,
                 state="new" if thread is None else thread.state,
             )
 
@@ -418,6 +422,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 scheduler=Scheduler(
                     max_queue=self._max_queue, counters=self._counters, lock=self._lock
                 ),
+                usage=self._usage,
                 previous=previous,
             )
             try:

@@ -19,7 +19,6 @@ from concurrent.futures import Future
 
 from ._call import Call, CallState, Departure
 from ._errors import ClientDisconnected, DeadlineExceeded, Draining, InferenceError, QueueFull
-from ._model import name_of
 from ._queue import CallQueue
 from ._statistics import Counters, moving_average
 
@@ -192,7 +191,7 @@ class Scheduler:
         """Send the caller of the running call away; return the function's name, if one runs."""
         with self._lock:
             call = self._running
-            name = None if call is None else _name(call)
+            name = None if call is None else call.name
         self.send_away([] if call is None else [call], error)
         return name
 
@@ -296,13 +295,8 @@ def stopped(call: Call) -> Draining:
     if call.state is CallState.QUEUED:
         message = "the runner stopped before it could run this call"
     else:
-        message = f"the runner stopped while {_name(call)} was still running; its result is lost"
+        message = f"the runner stopped while {call.name} was still running; its result is lost"
     return Draining(message, retry_after=retry_after(0.0))
-
-
-def _name(call: Call) -> str:
-    work = call.work  # read once: the thread lets go of it without the lock
-    return "the call" if work is None else name_of(work[0])
 
 
 def _deadline_exceeded(call: Call) -> DeadlineExceeded:

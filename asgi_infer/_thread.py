@@ -24,6 +24,8 @@ from ._call import Call, Work, here
 from ._errors import CallCancelled, CallFailed, Draining, NotReady, describe
 from ._model import name_of
 from ._scheduler import Scheduler, retry_after, stopped
+from ._statistics import Usage
+from ._watch import Watch
 from .workers._protocol import ModelSpec, OpenWorker, Worker
 
 logger = logging.getLogger("asgi_infer")
@@ -32,6 +34,7 @@ logger = logging.getLogger("asgi_infer")
 class InferenceThread:
     """One OS thread, one worker, one scheduler: alive from ``start`` until ``done``.
 
+    :param usage: what its calls cost is noted there
     :param previous: a thread of the same runner that may still be busy; this one waits for its
         end before it loads, so that there are never two
     """
@@ -42,6 +45,7 @@ class InferenceThread:
         spec: ModelSpec,
         worker: Worker,
         scheduler: Scheduler,
+        usage: Usage,
         previous: InferenceThread | None,
     ) -> None:
         self.scheduler = scheduler
@@ -52,6 +56,7 @@ class InferenceThread:
         self._previous = previous
         self._opened: OpenWorker | None = None  # the thread's own; in a forked child, nobody's
         self._stopping = False  # only ever set; by whoever stops the thread
+        self._usage = usage
         self._thread = threading.Thread(target=self._main, name=spec.name, daemon=True)
 
     def start(self) -> None:
@@ -163,8 +168,9 @@ class InferenceThread:
         self.ready.set_exception(error)
 
     def _serve(self, worker: OpenWorker) -> None:
+        watch = Watch(name=self._spec.name, native=self._spec.native, usage=self._usage)
         try:
-            while self._serve_burst(worker):
+            while self._serve_burst(worker, watch):
                 pass
         finally:
             self.stop_now()  # no news, unless this very loop failed: nobody may wait for ever
@@ -174,13 +180,15 @@ class InferenceThread:
         except BaseException:
             logger.exception("closing the model of %r failed", self._spec.name)
 
-    def _serve_burst(self, worker: OpenWorker) -> bool:
+    def _serve_burst(self, worker: OpenWorker, watch: Watch) -> bool:
         """Run calls for as long as some are waiting. False when it is time to stop."""
         # In a function of its own: its locals, the call among them, die before the next sleep.
         call = self.scheduler.take()
         if call is None:
             return False
+        watch.reset()
         while call is not None:
+            watch.begin(call)
             value: Any = None
             error: Exception | None = None
             try:
@@ -189,6 +197,7 @@ class InferenceThread:
                 if isinstance(exception, CallCancelled):
                     self._give_up(call)
                 error = _as_error(exception, call.work)
+            watch.end(call)
             call = self.scheduler.finish(call, value, error)
             del value, error  # it is the caller's now, and its traceback refers to this frame
         return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 from ._call import Call
-from ._foreign_pools import SLEEPY, ForeignPools, foreign_threads
+from ._foreign_pools import SLEEPY, ForeignPools, native_threads
 from ._hints import Hints
 from ._statistics import Usage, moving_average
 from .native import NativePolicy
@@ -19,6 +19,7 @@ from .native.procfs import thread_usage
 LOOK_EVERY = 1.0
 """Seconds from one close look to the next."""
 
+_PAUSE = 0.001  # seconds after which a loop that has answered is to answer once more
 _ANSWER_LIMIT = 10.0  # seconds after which an event loop is taken for gone
 
 
@@ -77,7 +78,8 @@ class Watch:
     def _evaluate(self, look: Look) -> None:
         usage = self._usage
         usage.cores_used = moving_average(usage.cores_used, look.cores_used)
-        usage.foreign_threads = len(foreign_threads(self._name))
+        _, foreign = native_threads(self._name)
+        usage.foreign_threads = len(foreign)
         if look.lag is not None:
             usage.loop_lag = moving_average(usage.loop_lag, look.lag)
         self._hints.consider(look)
@@ -88,7 +90,9 @@ class Look:
 
     :ivar started: when the call began, on the clock of ``time.monotonic()``
     :ivar answered: whether its caller's event loop has answered, or there is none
-    :ivar lag: seconds that the answer took
+    :ivar lag: seconds that the answer took. The loop is asked as the call begins, when it may
+        still get the GIL, and again a millisecond later, when a function that holds the GIL has
+        it: the later of the two answers counts
     :ivar seconds: that the call ran
     :ivar cores_used: CPUs that the process kept busy meanwhile
     :ivar faults: pages that its thread asked the kernel for
@@ -104,7 +108,9 @@ class Look:
         self.faults = 0
         self.func = ""
         self._cpu = time.process_time()
-        if not call.port.call_soon_threadsafe(self._answer):
+        self._port = call.port
+        self._due = self.started
+        if not self._port.call_soon_threadsafe(self._answer):
             self.answered = True
 
     def end(self, call: Call, faults: int) -> None:
@@ -116,5 +122,12 @@ class Look:
         self.func = call.name
 
     def _answer(self) -> None:
-        self.lag = time.monotonic() - self.started
+        """On the loop, as soon as it gets to it."""
+        now = time.monotonic()
+        self.lag = now - self._due
+        self._due = now + _PAUSE
+        self._port.call_later(_PAUSE, self._answer_again)
+
+    def _answer_again(self) -> None:
+        self.lag = max(self.lag or 0.0, time.monotonic() - self._due)
         self.answered = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any
 
@@ -9,13 +10,33 @@ from asgi_infer._call import Call, Port
 
 
 class RecordingPort:
-    """A port of nobody: it keeps what is posted, in order."""
+    """A port of nobody: it keeps what is posted, and what is to be called, in order.
 
-    def __init__(self) -> None:
+    :param ended: there is no loop any more
+    """
+
+    def __init__(self, *, ended: bool = False) -> None:
         self.posted: list[Any] = []
+        self.to_call: list[Callable[[], object]] = []
+        self._ended = ended
 
     def post(self, waiter: Any, /) -> None:
         self.posted.append(waiter)
+
+    def call_soon_threadsafe(self, func: Callable[[], object], /) -> bool:
+        if not self._ended:
+            self.to_call.append(func)
+        return not self._ended
+
+    def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
+        self.to_call.append(func)
+        return lambda: self.to_call.remove(func)
+
+    def turn(self) -> None:
+        """What a loop does at its next turn: call what is to be called, and what is due."""
+        functions, self.to_call = self.to_call, []
+        for function in functions:
+            function()
 
 
 def make_call(

@@ -295,3 +295,10 @@ def test_result_is_the_futures_alone(runner: InferenceRunner[None]) -> None:
     assert gone() is not None
     del future
     assert gone() is None
+
+
+def test_future_port_has_no_loop() -> None:
+    """Nothing can be called on the loop of those who have none."""
+    assert not FUTURE_PORT.call_soon_threadsafe(lambda: None)
+    with pytest.raises(NotImplementedError):
+        FUTURE_PORT.call_later(0.0, lambda: None)

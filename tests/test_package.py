@@ -67,8 +67,8 @@ def test_exports_are_documented(name: str) -> None:
 FLOORS = [
     {"_checks", "_errors", "_handoff", "_model", "_statistics", "native"},
     {"_call"},
-    {"_queue"},
-    {"_scheduler", "workers"},
+    {"_foreign_pools", "_hints", "_queue"},
+    {"_scheduler", "_watch", "workers"},
     {"_future", "_thread"},
     {"_exit"},
     {"_runner"},

@@ -544,10 +544,11 @@ def served() -> Iterator[Desk]:
     assert not thread.is_alive()
 
 
-class Bell:
+class Bell(RecordingPort):
     """A port that rings when something is posted."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.rung = threading.Event()
 
     def post(self, waiter: object, /) -> None:

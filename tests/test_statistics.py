@@ -6,9 +6,10 @@ from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
 
-from asgi_infer._statistics import Counters, RunnerStatistics
+from asgi_infer._statistics import Counters, RunnerStatistics, Usage, moving_average
 
-SNAPSHOT = RunnerStatistics(queued=3, state="ready", **asdict(Counters(submitted=3)))
+KEPT = asdict(Counters(submitted=3)) | asdict(Usage(cores_used=1.5))
+SNAPSHOT = RunnerStatistics(queued=3, state="ready", **KEPT)
 
 
 def test_snapshot_is_frozen() -> None:
@@ -19,18 +20,24 @@ def test_snapshot_is_frozen() -> None:
 
 def test_counters_start_at_zero() -> None:
     """A new runner has done nothing."""
-    assert set(asdict(Counters()).values()) == {0}
+    assert set(asdict(Counters()).values()) == set(asdict(Usage()).values()) == {0}
 
 
 def test_snapshot_has_every_counter() -> None:
     """No counter is kept that users can't see; the snapshot adds the queue and the state."""
     shown = {field.name for field in fields(RunnerStatistics)}
-    kept = {field.name for field in fields(Counters)}
+    kept = {field.name for field in (*fields(Counters), *fields(Usage))}
     assert shown - kept == {"queued", "state"}
     assert kept < shown
 
 
 def test_snapshots_compare_by_value() -> None:
     """Two snapshots of the same figures are equal."""
-    same = RunnerStatistics(queued=3, state="ready", **asdict(Counters(submitted=3)))
-    assert same == SNAPSHOT
+    assert RunnerStatistics(queued=3, state="ready", **KEPT) == SNAPSHOT
+
+
+def test_moving_average() -> None:
+    """The first value counts whole, and each later one an eighth."""
+    assert moving_average(0.0, 8.0) == 8.0
+    assert moving_average(8.0, 16.0) == 9.0
+    assert moving_average(8.0, 0.0) == 7.0

@@ -31,7 +31,7 @@ from asgi_infer._errors import CallCancelled, DeadlineExceeded
 from asgi_infer._future import FUTURE_PORT, CallFuture
 from asgi_infer._model import name_of
 from asgi_infer._scheduler import Scheduler
-from asgi_infer._statistics import Counters
+from asgi_infer._statistics import Counters, Usage
 from asgi_infer._thread import InferenceThread, leak
 from asgi_infer.workers._protocol import ModelSpec
 
@@ -82,7 +82,11 @@ class Bench:
         self.scheduler = Scheduler(max_queue=100, counters=self.counters, lock=threading.RLock())
         spec = ModelSpec(name="bench", load=list, warmup=None, native=NativePolicy())
         self.thread = InferenceThread(
-            spec=spec, worker=self.worker, scheduler=self.scheduler, previous=previous
+            spec=spec,
+            worker=self.worker,
+            scheduler=self.scheduler,
+            usage=Usage(),
+            previous=previous,
         )
 
     def start(self) -> None:

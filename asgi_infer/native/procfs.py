@@ -12,8 +12,14 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+try:
+    import resource
+except ImportError:  # pragma: no cover  # Windows
+    resource = None  # type: ignore[assignment]  # then nothing is counted
 
 T = TypeVar("T")
 
@@ -123,6 +129,38 @@ def voluntary_switches(native_id: int) -> int:
         if key == "voluntary_ctxt_switches":
             return int(value)
     raise OSError("the kernel does not count context switches")  # pragma: no cover  # too old
+
+
+class ThreadUsage(Protocol):
+    """What the kernel has counted for one thread: some fields of ``getrusage(2)``."""
+
+    @property
+    def ru_nvcsw(self) -> int:
+        """Voluntary context switches."""
+        ...
+
+    @property
+    def ru_minflt(self) -> int:
+        """Minor page faults."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Nothing:
+    """Where threads are not counted one by one."""
+
+    ru_nvcsw: int = 0
+    ru_minflt: int = 0
+
+
+def _thread_usage() -> Callable[[], ThreadUsage]:
+    if not hasattr(resource, "RUSAGE_THREAD"):
+        return _Nothing
+    return partial(resource.getrusage, resource.RUSAGE_THREAD)
+
+
+thread_usage: Callable[[], ThreadUsage] = _thread_usage()
+"""The counts of the calling thread: one system call, 0.3 µs. Zeros elsewhere than on Linux."""
 
 
 def _tasks(pid: int | None) -> Path:

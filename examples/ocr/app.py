@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive
 
-from asgi_infer import InferenceMiddleware, InferenceRunner, NativePolicy
+from asgi_infer import InferenceMiddleware, InferenceRunner
 
 from .model import PageReader, UnreadableImage
 
@@ -27,8 +27,6 @@ MAX_BYTES = 8 * 2**20
 MAX_PIXELS = 40_000_000  # a few kilobytes can unpack to a picture that fills the memory
 MAX_RATIO = 8  # the reader scales by the shorter side, so a long strip would become enormous
 FORMATS = ("JPEG", "PNG", "WEBP")
-
-policy = NativePolicy()
 
 
 @cache
@@ -41,10 +39,9 @@ def sample_page() -> bytes:
 
 
 runner = InferenceRunner(
-    partial(PageReader, policy),
+    PageReader,
     warmup=lambda reader: reader.read(sample_page()),
     name="ocr",
-    native=policy,
     # A page takes a good part of a second. Who would wait longer than this has given up.
     max_queue=32,
     timeout=60,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from rapidocr_onnxruntime import RapidOCR
 
-from asgi_infer import NativePolicy
+from asgi_infer.native import thread_count
 
 
 class UnreadableImage(ValueError):
@@ -29,19 +29,16 @@ class Line:
 
 
 class PageReader:
-    """Reads the text on a photograph. The networks come with rapidocr-onnxruntime.
+    """Reads the text on a photograph. The networks come with rapidocr-onnxruntime."""
 
-    :param policy: what the inference thread runs under
-    """
-
-    def __init__(self, policy: NativePolicy) -> None:
+    def __init__(self) -> None:
         # ONNX Runtime has no OpenMP that a policy could hold back: each network gets a pool of
         # its own when it is loaded, and must be told its size. Left alone it takes one thread
         # for each core of the machine and pins it there, whatever this process may use; behind
         # a quota, threads then wait for each other while none may run. The caller is one of the
         # threads, so the three pools hold `threads - 1` each, and work one after another.
         # They inherit this thread's name, niceness and CPUs.
-        threads = policy.thread_count
+        threads = thread_count()
         self._engine = RapidOCR(
             intra_op_num_threads=threads,
             inter_op_num_threads=1,  # each network is a chain: nothing in it can run side by side

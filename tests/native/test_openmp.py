@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,38 @@ def test_threads_of_a_region() -> None:
         return len(gomp.started_by(gomp.run_region, 0))
 
     assert on_new_thread(helpers) == 2
+
+
+# -- block time --------------------------------------------------------------------------------
+
+
+def libiomp5() -> Path | None:
+    """Intel's runtime, if its wheel is installed."""
+    return next(Path(sys.prefix, "lib").glob("libiomp5.so"), None)
+
+
+@pytest.mark.skipif(libiomp5() is None, reason="Intel's wheel is for Linux on x86-64")
+def test_block_time() -> None:
+    """The time that a runtime of LLVM's or Intel's spins for is read and set, in seconds."""
+    script = (
+        "import ctypes, sys; ctypes.CDLL(sys.argv[1])\n"
+        "from asgi_infer.native import openmp; (runtime,) = openmp.loaded_runtimes()\n"
+        "print(runtime.family, runtime.block_time)\n"
+        "print(runtime.set_block_time(0.05), runtime.block_time, runtime.release_pool())"
+    )
+    command = [sys.executable, "-c", script, str(libiomp5())]
+    environment = {**os.environ, "KMP_BLOCKTIME": "200ms"}
+    output = subprocess.run(
+        command, check=True, timeout=30, capture_output=True, text=True, env=environment
+    ).stdout
+    assert output.splitlines() == ["libiomp5 0.2", "True 0.05 False"]
+
+
+def test_libgomp_has_no_block_time() -> None:
+    """libgomp counts its turns instead of a time."""
+    runtime = gomp.load()
+    assert runtime.block_time is None
+    assert not runtime.set_block_time(0.1)
 
 
 # -- pools -------------------------------------------------------------------------------------

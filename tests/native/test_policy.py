@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from asgi_infer.native import NativePolicy, cpu, memory, procfs
+from asgi_infer.native import NativePolicy, cpu, memory, procfs, thread_count
 
 from ..threads import on_new_thread
 from . import gomp
@@ -72,6 +72,14 @@ def test_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert NativePolicy(cpus={0}).thread_count == 1
     assert NativePolicy(cpus=range(8)).thread_count == 2
     assert NativePolicy().thread_count == min(2, len(cpu.IMPORT_AFFINITY))
+
+
+def test_thread_count_on_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that wants a number gets the policy's on its thread, and elsewhere the advice."""
+    monkeypatch.setattr(cpu, "cgroup_quota", lambda: 1.5)
+    assert under(NativePolicy(threads=7), thread_count) == 7
+    assert under(NativePolicy(cpus=range(8)), thread_count) == 1
+    assert on_new_thread(thread_count) == 1
 
 
 # -- on the thread -----------------------------------------------------------------------------

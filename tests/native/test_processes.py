@@ -1,0 +1,79 @@
+"""The other processes of the same server, told by their parent and by their threads' names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from asgi_infer.native import processes
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+# A process with two more threads, one of them with a name; it lives until its input ends.
+CHILD = """
+import sys, threading
+from asgi_infer.native import processes, procfs
+def live(name):
+    if name:
+        procfs.set_thread_name(name)
+    ready.wait()
+    end.wait()
+end, ready = threading.Event(), threading.Barrier(3)
+for name in ("digits of people", None):
+    threading.Thread(target=live, args=(name,), daemon=True).start()
+ready.wait()
+print(*processes.siblings())
+sys.stdout.flush()
+sys.stdin.read()
+end.set()
+"""
+
+
+@dataclass
+class Seen:
+    """A child, and the siblings that it saw."""
+
+    pid: int
+    siblings: set[int]
+
+
+@pytest.fixture
+def two_children() -> Iterator[list[Seen]]:
+    """Two processes, started one after the other."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", CHILD]
+    with ExitStack() as stack:
+        seen = []
+        for _ in range(2):
+            child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+            stack.callback(child.communicate)
+            assert child.stdout is not None
+            seen.append(Seen(child.pid, set(map(int, child.stdout.readline().split()))))
+        yield seen
+
+
+def test_siblings(two_children: list[Seen]) -> None:
+    """A process sees those that its parent has started beside it, and not itself."""
+    first, second = two_children
+    assert first.pid in second.siblings
+    assert second.pid not in second.siblings
+
+
+def test_no_siblings_of_mine() -> None:
+    """This process is none of its own siblings."""
+    assert os.getpid() not in processes.siblings()
+
+
+def test_threads_named(two_children: list[Seen]) -> None:
+    """Threads are counted by as much of the name as the kernel keeps."""
+    pid = two_children[0].pid
+    assert processes.threads_named("digits of people", pid) == 1
+    assert processes.threads_named("digits of peopl", pid) == 1
+    assert processes.threads_named("digits", pid) == 0
+    assert processes.threads_named("digits", 0) == 0
