@@ -29,6 +29,7 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 REPORT = Path("asgi-infer-doctor.html")
+EVERY_ARM = ",".join(TITLES)
 
 app = typer.Typer(
     add_completion=False,
@@ -81,7 +82,7 @@ def doctor(
     sample: Sample = None,
     clients: Clients = 1,
     seconds: Seconds = 3.0,
-    arms: Arms = ",".join(TITLES),
+    arms: Arms = EVERY_ARM,
     sweep: Sweep = True,
     patience: Patience = 120.0,
     app_dir: AppDir = ".",

@@ -8,22 +8,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from asgi_infer import _commands, cli
 from asgi_infer.doctor import _doctor
+from asgi_infer.doctor._doctor import Options, Progress
 from asgi_infer.doctor._results import Diagnosis
-from asgi_infer.doctor._target import TargetError
+from asgi_infer.doctor._target import Target, TargetError
 
 from .conftest import ON_LINUX
 from .doctor import diagnoses, models
+from .doctor.conftest import fonts  # noqa: F401  # a fixture
 from .gates import LIMIT
 from .polling import until_true
 
@@ -62,36 +64,49 @@ def test_with_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 
 # -- doctor, without measuring -----------------------------------------------------------------
 
-Invoke = Callable[..., Any]
 DIAGNOSIS = diagnoses.throttled()
 
 
-@pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
-    """Runs ``asgi-infer doctor`` in an empty directory; the diagnosis is given, or is raised."""
-    monkeypatch.chdir(tmp_path)
+class Doctor:
+    """``asgi-infer doctor``, which measures nothing: the diagnosis is given, or is raised.
+
+    :ivar asked: what it was to measure
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[Target, Options]] = []
+        self._found: Diagnosis | BaseException = DIAGNOSIS
+        monkeypatch.setattr(_doctor, "diagnose", self._diagnose)
+
+    def __call__(self, *arguments: str, found: Diagnosis | BaseException = DIAGNOSIS) -> Result:
+        self._found = found
+        return CliRunner().invoke(_commands.app, ["doctor", "m:Model", *arguments])
+
+    def _diagnose(self, target: Target, options: Options, progress: Progress) -> Diagnosis:
+        self.asked.append((target, options))
+        progress("script", 0.5)
+        progress("script", 0.6)
+        if isinstance(self._found, BaseException):
+            raise self._found
+        return self._found
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """The command's way to end on SIGTERM is not the tests'."""
     before = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: str, found: Diagnosis | BaseException = DIAGNOSIS) -> Any:
-        def diagnose(*details: Any) -> Diagnosis:
-            asked.append(details)
-            details[2]("script", 0.5)
-            details[2]("script", 0.6)
-            if isinstance(found, BaseException):
-                raise found
-            return found
-
-        monkeypatch.setattr(_doctor, "diagnose", diagnose)
-        result = CliRunner().invoke(_commands.app, ["doctor", "m:Model", *arguments])
-        signal.signal(signal.SIGTERM, before)
-        return result
-
-    asked: list[Any] = []
-    run.asked = asked  # type: ignore[attr-defined]
-    return run
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
-def test_the_table_and_the_report(invoke: Invoke, tmp_path: Path) -> None:
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Doctor:
+    """The command in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return Doctor(monkeypatch)
+
+
+def test_the_table_and_the_report(invoke: Doctor, tmp_path: Path) -> None:
     """The figures and the verdict are printed, and the report is written, and where is said."""
     result = invoke()
     assert result.exit_code == 0
@@ -100,7 +115,7 @@ def test_the_table_and_the_report(invoke: Invoke, tmp_path: Path) -> None:
     assert "two OpenMP pools" in (tmp_path / "asgi-infer-doctor.html").read_text()
 
 
-def test_what_goes_on_is_told_once(invoke: Invoke) -> None:
+def test_what_goes_on_is_told_once(invoke: Doctor) -> None:
     """Where there is no terminal, each arm gets one line, beside the output."""
     assert invoke("--no-html").stderr == " 50% script\n"
 
@@ -115,11 +130,12 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "def endpoint" in terminal.getvalue()
 
 
-def test_options(invoke: Invoke) -> None:
+def test_options(invoke: Doctor) -> None:
     """Every option reaches the doctor; arms are measured in one order, whatever was given."""
-    invoke("--no-html", "--call", "predict", "--input", "m:x", "--app-dir", "d", "--clients", "3",
-           "--seconds", "0.5", "--arms", "runner, script", "--no-sweep", "--patience", "9")  # fmt: skip
-    target, options, _ = invoke.asked[-1]  # type: ignore[attr-defined]
+    arms = ("--arms", "runner, script", "--no-sweep")
+    names = ("--call", "predict", "--input", "m:x", "--app-dir", "d")
+    invoke("--clients", "3", "--seconds", "0.5", "--patience", "9", "--no-html", *arms, *names)
+    ((target, options),) = invoke.asked
     assert vars(target) == {"model": "m:Model", "call": "predict", "sample": "m:x", "app_dir": "d"}
     assert vars(options) == {
         "seconds": 0.5,
@@ -130,7 +146,7 @@ def test_options(invoke: Invoke) -> None:
     }
 
 
-def test_json_on_standard_output(invoke: Invoke, tmp_path: Path) -> None:
+def test_json_on_standard_output(invoke: Doctor, tmp_path: Path) -> None:
     """``--json -`` prints JSON and nothing else; where the report went is said beside it."""
     result = invoke("--json", "-", "--html", "page.html")
     assert json.loads(result.stdout)["findings"][0]["key"] == "two-pools"
@@ -138,7 +154,7 @@ def test_json_on_standard_output(invoke: Invoke, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").exists()
 
 
-def test_json_in_a_file(invoke: Invoke, tmp_path: Path) -> None:
+def test_json_in_a_file(invoke: Doctor, tmp_path: Path) -> None:
     """``--json FILE`` writes it beside the table; ``--no-html`` writes no report."""
     result = invoke("--json", "figures.json", "--no-html")
     assert json.loads((tmp_path / "figures.json").read_text())["target"] == DIAGNOSIS.target
@@ -149,20 +165,19 @@ def test_json_in_a_file(invoke: Invoke, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--arms", "scripts"], "--arms takes script, def, async-def, executor, runner, "
-         "runner-retain, and not scripts"),
+        (["--arms", "scripts"], "executor, runner, runner-retain, and not scripts"),
         (["--arms", ","], "and not nothing"),
         (["--json", "/nowhere/figures.json"], "/nowhere/figures.json can't be written"),
         (["--html", "/"], "/ can't be written: name another file"),
     ],
-)  # fmt: skip
-def test_bad_options(invoke: Invoke, arguments: list[str], told: str) -> None:
+)
+def test_bad_options(invoke: Doctor, arguments: list[str], told: str) -> None:
     """What can't be done is told in one line, before anything is measured."""
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert told in result.stderr
     assert result.stderr.count("\n") == 1
-    assert not invoke.asked  # type: ignore[attr-defined]
+    assert not invoke.asked
 
 
 @pytest.mark.parametrize(
@@ -172,7 +187,7 @@ def test_bad_options(invoke: Invoke, arguments: list[str], told: str) -> None:
         (KeyboardInterrupt(), 130, "asgi-infer: interrupted: nothing is left running"),
     ],
 )
-def test_ends(invoke: Invoke, error: BaseException, code: int, told: str) -> None:
+def test_ends(invoke: Doctor, error: BaseException, code: int, told: str) -> None:
     """Whatever ends it has one line and an exit code."""
     result = invoke(found=error)
     assert result.exit_code == code
@@ -247,31 +262,35 @@ def test_run() -> None:
     ]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``asgi-infer run``, which executes nothing but notes what it would."""
-    before = signal.getsignal(signal.SIGTERM)
+class Run:
+    """``asgi-infer run``, which executes nothing.
 
-    def execve(path: str, command: list[str], environment: dict[str, str]) -> None:
+    :ivar done: file, command and environment of what it would have executed
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[tuple[str, list[str], dict[str, str]]] = []
+        monkeypatch.setattr(os, "execve", self._execve)
+
+    def __call__(self, *arguments: str) -> Result:
+        return CliRunner().invoke(_commands.app, ["run", *arguments])
+
+    def _execve(self, path: str, command: list[str], environment: dict[str, str]) -> None:
         if "no-program" in path:
             raise OSError(8, "Exec format error")
-        done.append((path, command, environment))
-
-    def invoke(*arguments: str) -> Any:
-        result = CliRunner().invoke(_commands.app, ["run", *arguments])
-        signal.signal(signal.SIGTERM, before)
-        return result
-
-    done: list[Any] = []
-    invoke.done = done  # type: ignore[attr-defined]
-    monkeypatch.setattr(os, "execve", execve)
-    return invoke
+        self.done.append((path, command, environment))
 
 
-def test_what_is_executed(run: Callable[..., Any]) -> None:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command."""
+    return Run(monkeypatch)
+
+
+def test_what_is_executed(run: Run) -> None:
     """The file that was found, under the name that was given, with what was there and was set."""
     run("--retain-memory", "env", "-0")
-    ((path, command, environment),) = run.done  # type: ignore[attr-defined]
+    ((path, command, environment),) = run.done
     assert Path(path).name == "env"
     assert command == ["env", "-0"]
     assert "mmap_max=0" in environment["GLIBC_TUNABLES"]
@@ -287,16 +306,14 @@ def test_what_is_executed(run: Callable[..., Any]) -> None:
         (["--threads", "0", "env"], 2, "Invalid value for '--threads'"),
     ],
 )
-def test_what_can_not_be_run(
-    run: Callable[..., Any], arguments: list[str], code: int, told: str
-) -> None:
+def test_what_can_not_be_run(run: Run, arguments: list[str], code: int, told: str) -> None:
     """Nothing is executed; what is wrong is said, with the code that shells have for it."""
     result = run(*arguments)
     assert (result.exit_code, told in result.stderr) == (code, True)
-    assert not run.done  # type: ignore[attr-defined]
+    assert not run.done
 
 
-def test_a_file_that_is_no_program(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_file_that_is_no_program(run: Run, tmp_path: Path) -> None:
     """What the system refuses to execute is told."""
     program = tmp_path / "no-program"
     program.write_text("nothing")

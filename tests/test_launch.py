@@ -1,4 +1,4 @@
-"""Facts about the environment that a command is launched in: set what is missing, replace nothing."""
+"""Facts about the environment that a command is launched in: nothing that is set is replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asgi_infer.native.cpu import CpuBudget
 BUDGET = CpuBudget(
     cpus=frozenset(range(4)), cores=4, hybrid=False, quota=None, threads=4, reason=""
 )
-COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+COUNTS: tuple[str, ...] = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def test_thread_counts() -> None:
@@ -44,7 +44,7 @@ OURS = {
 
 def test_memory_is_kept() -> None:
     """The tunables of glibc are those of ``retain_memory``; the user's own come first."""
-    environment = dict.fromkeys(COUNTS, "1")
+    environment: dict[str, str] = dict.fromkeys(COUNTS, "1")
     assert set(settings(environment, BUDGET, retain_memory=True)["GLIBC_TUNABLES"].split(":")) == (
         OURS
     )

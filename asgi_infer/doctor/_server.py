@@ -16,7 +16,9 @@ from typing import Any, ParamSpec, TypeVar
 import uvicorn
 from fastapi import FastAPI
 
-from .. import InferenceMiddleware, InferenceRunner, NativePolicy
+from .._runner import InferenceRunner
+from ..middleware import InferenceMiddleware
+from ..native import NativePolicy
 from ._calls import warm_up
 from ._channel import Channel, python_threads
 from ._target import Target

@@ -28,7 +28,8 @@ def thread_count(case: Case) -> Iterator[Finding]:
         yield Finding(
             key="threads",
             severity="advice",
-            headline=f"{counted(best, 'native thread')} instead of {case.subject.threads}: {gain:.2f}x",
+            headline=f"{counted(best, 'native thread')} instead of {case.subject.threads}: "
+            f"{gain:.2f}x",
             detail=f"{_sweep(case.sweep)}. More threads than the model can use wait for each "
             "other; threads that share a core slow each other down.",
             lines=_policy(case, best),

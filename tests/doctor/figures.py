@@ -1,4 +1,4 @@
-"""Arms and machines with the figures that a test wants, and everything else as when all is well."""
+"""Arms and machines with the figures that a test wants, and the rest as when all is well."""
 
 from __future__ import annotations
 

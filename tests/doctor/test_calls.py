@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -51,6 +52,6 @@ def test_warm_up(
 ) -> None:
     """Two calls at the least, then as many as a moment holds, and never too many."""
     monkeypatch.setattr(_calls, "MOST_CALLS", 10)
-    call, made = calls_of(seconds), []
-    _calls.warm_up(lambda: (call(), made.append(1)))
-    assert len(made) == times
+    call, made = calls_of(seconds), itertools.count()
+    _calls.warm_up(lambda: (call(), next(made)))
+    assert next(made) == times

@@ -6,6 +6,7 @@ import gc
 import pickle
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from asgi_infer.doctor import _calls, _load
 from asgi_infer.doctor._child import play
 
 from . import models
-from .channels import played
+from .channels import Parent, played
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -53,7 +54,7 @@ def job(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return make
 
 
-def of(job: dict[str, Any]) -> Any:
+def of(job: dict[str, Any]) -> AbstractContextManager[Parent]:
     """A child with that job."""
     return played(lambda channel: play(channel, job))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -87,7 +85,7 @@ def test_an_arm_that_fails_is_left_out() -> None:
 def test_no_arm_is_left() -> None:
     """Where all fail, that is the answer: it names the arm, and how it ended."""
     options = Options(seconds=0.05, arms=("def",), sweep=False)
-    with pytest.raises(TargetError, match="^def endpoint: the process was killed by SIGSEGV"):
+    with pytest.raises(TargetError, match=r"^def endpoint: the process was killed by SIGSEGV"):
         diagnose(target("CrashOffMain"), options)
 
 

@@ -15,10 +15,10 @@ from asgi_infer.native.noise import Noise
 MAPS = """\
 7f00-7f01 r-xp 00000000 08:01 1 /usr/lib/x86_64-linux-gnu/libc.so.6
 7f01-7f02 r-xp 00000000 08:01 2 /usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0
-7f02-7f03 r-xp 00000000 08:01 3 /v/lib/python3.12/site-packages/numpy.libs/libscipy_openblas64_-f.so
-7f03-7f04 r-xp 00000000 08:01 4 /v/lib/python3.12/site-packages/scikit_learn.libs/libgomp-a3.so.1
-7f04-7f05 rw-p 00001000 08:01 4 /v/lib/python3.12/site-packages/scikit_learn.libs/libgomp-a3.so.1
-7f05-7f06 r-xp 00000000 08:01 5 /v/lib/python3.12/dist-packages/onnxruntime/capi/onnxruntime_pyb.so
+7f02-7f03 r-xp 00000000 08:01 3 /v/site-packages/numpy.libs/libscipy_openblas64_-f.so
+7f03-7f04 r-xp 00000000 08:01 4 /v/site-packages/scikit_learn.libs/libgomp-a3.so.1
+7f04-7f05 rw-p 00001000 08:01 4 /v/site-packages/scikit_learn.libs/libgomp-a3.so.1
+7f05-7f06 r-xp 00000000 08:01 5 /v/dist-packages/onnxruntime/capi/onnxruntime_pyb.so
 7f06-7f07 r-xp 00000000 08:01 6 /home/user/libomp_notes.txt
 7f07-7f08 rw-p 00000000 00:00 0
 """

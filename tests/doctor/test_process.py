@@ -1,4 +1,4 @@
-"""Facts about child processes: how each of their ends is told, and that none outlives its block."""
+"""Facts about child processes: how their ends are told, and that none outlives its block."""
 
 from __future__ import annotations
 
@@ -126,6 +126,6 @@ def test_a_parent_that_is_killed(tmp_path: Path) -> None:
 def gone(pid: int) -> bool:
     """Whether it has ended, be it that nobody has fetched its status."""
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
