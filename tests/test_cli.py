@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -321,3 +322,17 @@ def test_a_file_that_is_no_program(run: Run, tmp_path: Path) -> None:
     result = run(str(program))
     assert result.exit_code == 126
     assert "can't be executed: Exec format error" in result.stderr
+
+
+# -- the page ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["doctor", "run"])
+def test_every_option_is_documented(command: str) -> None:
+    """The how-to has each option of each command."""
+    page = (ROOT / "docs" / "how-to" / "doctor.md").read_text()
+    described = CliRunner().invoke(_commands.app, [command, "--help"], env={"COLUMNS": "200"})
+    options = set(re.findall(r"--[a-z][a-z-]*", described.stdout)) - {"--help", "--sweep"}
+    assert len(options) >= 3
+    for option in options:
+        assert f"`{option}" in page, option

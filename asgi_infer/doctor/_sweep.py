@@ -8,6 +8,7 @@ from ._case import DIFFERENCE, Case
 from ._figures import counted
 from ._results import Arm, Finding
 
+_MUCH_LESS = 0.7
 _BUSY_WITH_ONE = 1.6  # CPUs, of a runner that was to have one native thread
 
 
@@ -41,21 +42,24 @@ def thread_count(case: Case) -> Iterator[Finding]:
 def _spinning(case: Case, usual: float) -> Iterator[Finding]:
     """Fewer threads that do as much: the others only spin."""
     default = case.sweep[case.subject.threads]
-    for count, arm in sorted(case.sweep.items()):
-        if count >= case.subject.threads:
-            return
-        if arm.calls_per_second * DIFFERENCE < usual or arm.cores_used > 0.7 * default.cores_used:
-            continue
+    as_fast = [
+        count
+        for count, arm in case.sweep.items()
+        if count < case.subject.threads
+        and arm.calls_per_second * DIFFERENCE >= usual
+        and arm.cores_used <= _MUCH_LESS * default.cores_used
+    ]
+    if as_fast:
+        fewest = min(as_fast)
         yield Finding(
             key="spinning",
             severity="advice",
-            headline=f"{counted(count, 'native thread')} as fast as {case.subject.threads}, on "
-            f"{arm.cores_used:.1f} CPUs instead of {default.cores_used:.1f}",
+            headline=f"{counted(fewest, 'native thread')} as fast as {case.subject.threads}, on "
+            f"{case.sweep[fewest].cores_used:.1f} CPUs instead of {default.cores_used:.1f}",
             detail=f"{_sweep(case.sweep)}. The other threads burn CPU while they wait for work: "
             "left out, it goes to the event loop, or to another worker.",
-            lines=_policy(case, count),
+            lines=_policy(case, fewest),
         )
-        return
 
 
 def _does_not_follow(sweep: dict[int, Arm]) -> bool:

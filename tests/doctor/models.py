@@ -32,6 +32,13 @@ def no_rows() -> None:
     raise OSError("no such\nimage")
 
 
+class Promise:
+    """Awaitable, and no more."""
+
+    def __await__(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+
 class Model:
     """Can be called in every wrong way, and in a right one."""
 
@@ -61,6 +68,9 @@ class Model:
 
     def returns_later(self, rows: Any) -> Any:
         return asyncio.sleep(0)
+
+    def returns_a_promise(self, rows: Any) -> Any:
+        return Promise()
 
     def each(self, rows: Any) -> Iterator[Any]:
         yield rows

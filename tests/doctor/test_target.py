@@ -91,6 +91,7 @@ CALL_ERRORS = {
     ("leave", "row"): "leave raised SystemExit: 3",
     ("later", "row"): "later is async: name the plain function",
     ("returns_later", "row"): "returns_later returned something to await",
+    ("returns_a_promise", "row"): "returns_a_promise returned something to await",
     ("each", "row"): "each is a generator function: name one that returns its result",
     ("each_later", "row"): "each_later is a generator function",
     ("lazily", "row"): "lazily returned a generator, which has computed nothing yet",

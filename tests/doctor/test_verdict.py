@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,8 @@ from asgi_infer.doctor._results import Arm, Finding, Machine
 from asgi_infer.doctor._verdict import failed, findings
 
 from .figures import NOISY, QUIET, SUBJECT, arm
+
+ROOT = Path(__file__).parents[2]
 
 SCRIPT, RUNNER = arm("script"), arm("runner", calls=96)
 
@@ -203,3 +207,14 @@ def test_what_failed_comes_after_what_was_found() -> None:
         "failed",
     ]
     assert keys(SCRIPT, arm("executor"), RUNNER, failures=(failure,)) == ["failed", "healthy"]
+
+
+def test_every_finding_is_documented() -> None:
+    """The table of findings has a row for each that the code can come to, and no other."""
+    sources = [ROOT / "asgi_infer" / "doctor" / name for name in ("_verdict.py", "_sweep.py")]
+    known = {
+        key for source in sources for key in re.findall(r'key="([\w-]+)"', source.read_text())
+    }
+    page = (ROOT / "docs" / "how-to" / "doctor.md").read_text()
+    table = page.partition("## What it finds")[2].partition("##")[0]
+    assert set(re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)) == known
