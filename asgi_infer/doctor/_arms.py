@@ -36,8 +36,7 @@ class Setting:
     :param sample: the file with the pickled arguments
     :param seconds: to measure each for
     :param patience: seconds that a process may take over any one answer
-    :param slowest: seconds that one call may take, from what is known: where a window is too
-        short for a few calls, it is prolonged
+    :param allowance: seconds that a few calls may take, on top of those
     """
 
     target: Target
@@ -45,7 +44,7 @@ class Setting:
     seconds: float
     clients: int
     patience: float
-    slowest: float = 0.0
+    allowance: float = 0.0
 
     def job(self, role: str, **values: object) -> dict[str, Any]:
         """What a child is told."""
@@ -88,7 +87,7 @@ def measure_threads(threads: int, setting: Setting, tick: Tick) -> Arm:
 
 def _script(setting: Setting, tick: Tick) -> Arm:
     with setting.child("script") as child:
-        child.ask(every=INTERVAL, meanwhile=tick)
+        child.ask(every=INTERVAL, meanwhile=tick, more=setting.allowance)
         window = _Window(child, child, setting, tick)
         result = child.ask()
         return window.arm("script", result, python=result["threads"], event_loop=None)
@@ -96,11 +95,11 @@ def _script(setting: Setting, tick: Tick) -> Arm:
 
 def _server(setting: Setting, tick: Tick, *, key: str, **values: object) -> Arm:
     with setting.child("serve", **values) as server:
-        port = server.ask(every=INTERVAL, meanwhile=tick)["port"]
-        job = {"port": port, "path": _PATH, "clients": setting.clients}
+        ready = server.ask(every=INTERVAL, meanwhile=tick, more=setting.allowance)
+        job = {**ready, "path": _PATH, "clients": setting.clients}
         try:
             with setting.child("load", **job) as load:
-                load.ask(every=INTERVAL, meanwhile=tick)
+                load.ask(every=INTERVAL, meanwhile=tick, more=setting.allowance)
                 window = _Window(server, load, setting, tick)
                 result = load.ask()
         except ChildFailed as error:
@@ -126,7 +125,7 @@ class _Window:
             self._watch.tick()
             tick()
 
-        driver.ask(every=INTERVAL, meanwhile=interval, more=setting.seconds + 10 * setting.slowest)
+        driver.ask(every=INTERVAL, meanwhile=interval, more=setting.seconds + setting.allowance)
         self._watch.stop()
         now = cpu.throttling()
         self._throttled_periods = now.throttled_periods - throttled.throttled_periods

@@ -18,6 +18,7 @@ from ._results import Arm, Diagnosis, Finding
 from ._target import Target, TargetError
 from ._verdict import failed, findings
 
+_FEW = 40  # calls: three of them, where a throttled pool makes them ten times slower, and some
 _OVERHEAD = 3.0  # seconds that an arm takes on top of those that it is measured for
 
 Progress = Callable[[str, float], None]
@@ -71,7 +72,7 @@ def diagnose(
         quiet = noise.quiet_moment()
         progress(f"a first call of {target.model}", 0.0)
         tried = preflight(setting)
-        setting = replace(setting, slowest=20 * tried.seconds * options.clients)
+        setting = replace(setting, allowance=_FEW * tried.seconds * options.clients)
         measured, beside, failures = _measure(setting, options, progress)
     machine = describe(_loudest([quiet, *beside]), tried.runtimes)
     subject = Subject(

@@ -72,10 +72,14 @@ def _elsewhere(case: Case) -> Finding:
         severity="advice",
         headline=f"NativePolicy(threads=1) leaves {case.sweep[1].cores_used:.1f} CPUs busy: the "
         f"library takes its thread count elsewhere",
-        detail=f"{_sweep(case.sweep)}. NativePolicy sets the count of OpenMP runtimes. ONNX "
-        "Runtime takes its own from SessionOptions.intra_op_num_threads, PyTorch from "
-        "torch.set_num_threads, OpenBLAS and MKL from the environment before they are loaded.",
-        lines=(f"asgi-infer run --threads {case.subject.threads} -- ...",),
+        detail=f"{_sweep(case.sweep)}. NativePolicy sets the count of OpenMP runtimes and of "
+        "OpenBLAS. Others have an option of their own, such as intra_op_num_threads of ONNX "
+        "Runtime's SessionOptions: give it thread_count() where the model is loaded. MKL takes "
+        "its count from the environment: asgi-infer run --threads.",
+        lines=(
+            "from asgi_infer.native import thread_count",
+            "options.intra_op_num_threads = thread_count()",
+        ),
     )
 
 

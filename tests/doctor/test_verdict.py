@@ -15,6 +15,8 @@ from .figures import NOISY, QUIET, SUBJECT, arm
 
 ROOT = Path(__file__).parents[2]
 
+SOURCES = ("_verdict.py", "_sweep.py", "_overhead.py")
+
 SCRIPT, RUNNER = arm("script"), arm("runner", calls=96)
 
 
@@ -211,7 +213,7 @@ def test_what_failed_comes_after_what_was_found() -> None:
 
 def test_every_finding_is_documented() -> None:
     """The table of findings has a row for each that the code can come to, and no other."""
-    sources = [ROOT / "asgi_infer" / "doctor" / name for name in ("_verdict.py", "_sweep.py")]
+    sources = [ROOT / "asgi_infer" / "doctor" / name for name in SOURCES]
     known = {
         key for source in sources for key in re.findall(r'key="([\w-]+)"', source.read_text())
     }
