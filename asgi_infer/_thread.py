@@ -188,7 +188,8 @@ class InferenceThread:
             return False
         watch.reset()
         while call is not None:
-            watch.begin(call)
+            if call.started >= watch.next_look:
+                watch.look_at(call)
             value: Any = None
             error: Exception | None = None
             try:

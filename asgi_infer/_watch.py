@@ -7,6 +7,7 @@ its caller's event loop got to answer.
 
 from __future__ import annotations
 
+import math
 import time
 
 from ._call import Call
@@ -29,6 +30,7 @@ class Watch:
     :param name: the runner's
     :param native: what its model runs under
     :param usage: where the figures go
+    :ivar next_look: when to look at a call more closely; never while one is looked at
     """
 
     def __init__(self, *, name: str, native: NativePolicy, usage: Usage) -> None:
@@ -39,7 +41,7 @@ class Watch:
         self._switches = 0
         self._faults = 0
         self._look: Look | None = None  # at the call that runs, or waiting for a loop's answer
-        self._next_look = 0.0
+        self.next_look = 0.0
 
     def reset(self) -> None:
         """Start counting: what the thread did before, such as sleeping, is no call's."""
@@ -47,10 +49,10 @@ class Watch:
         self._switches = counted.ru_nvcsw
         self._faults = counted.ru_minflt
 
-    def begin(self, call: Call) -> None:
-        """``call`` is about to run."""
-        if call.started >= self._next_look and self._look is None:
-            self._look = Look(call)
+    def look_at(self, call: Call) -> None:
+        """``call`` is about to run: look at it more closely."""
+        self.next_look = math.inf
+        self._look = Look(call)
 
     def end(self, call: Call) -> None:
         """``call`` has run; its outcome is not yet known to anybody."""
@@ -58,8 +60,11 @@ class Watch:
         switches, self._switches = counted.ru_nvcsw - self._switches, counted.ru_nvcsw
         faults, self._faults = counted.ru_minflt - self._faults, counted.ru_minflt
         usage = self._usage
-        usage.switches_per_call = moving_average(usage.switches_per_call, switches)
-        usage.faults_per_call = moving_average(usage.faults_per_call, faults)
+        # As a rule there is nothing to count: that costs no more than these questions.
+        if switches or usage.switches_per_call:
+            usage.switches_per_call = _faded(usage.switches_per_call, switches)
+        if faults or usage.faults_per_call:
+            usage.faults_per_call = _faded(usage.faults_per_call, faults)
         if switches >= SLEEPY or self._pools.alert:
             self._pools.note(call, switches)
         if self._look is not None:
@@ -72,7 +77,7 @@ class Watch:
         # end of another.
         if look.answered or time.monotonic() - look.started > _ANSWER_LIMIT:
             self._look = None
-            self._next_look = time.monotonic() + LOOK_EVERY
+            self.next_look = time.monotonic() + LOOK_EVERY
             self._evaluate(look)
 
     def _evaluate(self, look: Look) -> None:
@@ -83,6 +88,12 @@ class Watch:
         if look.lag is not None:
             usage.loop_lag = moving_average(usage.loop_lag, look.lag)
         self._hints.consider(look)
+
+
+def _faded(average: float, count: int) -> float:
+    """The moving average with one count more; what is left of old ones is nothing in the end."""
+    faded = average + 0.125 * (count - average)
+    return faded if faded > 0.001 else 0.0
 
 
 class Look:

@@ -151,7 +151,8 @@ class Desk:
     def call(self, seconds: float = 0.5, during: Callable[[], object] = lambda: None) -> None:
         call = make_call(port=self.port)
         call.started = self.now
-        self.watch.begin(call)
+        if call.started >= self.watch.next_look:
+            self.watch.look_at(call)
         during()
         self.now += seconds
         self.watch.end(call)
