@@ -103,9 +103,9 @@ class Machine:
     pressure: float
     """The share of a quiet moment before it all in which somebody waited for a CPU."""
     others: float
-    """CPUs that other processes kept busy in that moment."""
+    """CPUs that other processes kept busy, in that moment or beside the arm that had it worst."""
     stolen: float
-    """CPUs that the host took away from this virtual machine in that moment."""
+    """CPUs that the host took away from this virtual machine, likewise."""
     noisy: bool
     """Whether that is enough to move times; switches are to be trusted even then."""
     runtimes: tuple[str, ...]

@@ -1,0 +1,102 @@
+"""What a verdict looks at: the figures, and the user's own names for the lines to write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._results import Arm, Machine
+from ._target import Target
+
+DIFFERENCE = 1.05
+"""Two speeds on a quiet machine differ when they differ by as much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What was measured: the names for the lines to write.
+
+    :param sample_is_made: by a function
+    :param threads: native threads that the runner uses by default
+    """
+
+    target: Target
+    sample_is_made: bool
+    threads: int
+
+    @property
+    def model(self) -> str:
+        """The model's factory, as code."""
+        return self.target.model.partition(":")[2]
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """The lines that import what the others need."""
+        names: dict[str, list[str]] = {}
+        for path in (self.target.model, self.target.sample or ""):
+            module, _, name = path.partition(":")
+            if name:
+                names.setdefault(module, []).append(name.partition(".")[0])
+        return tuple(
+            f"from {module} import {', '.join(sorted(set(found)))}"
+            for module, found in names.items()
+        )
+
+    def attribute(self, owner: str) -> str:
+        """What is called, as code."""
+        return f"{owner}.{self.target.call}" if self.target.call else owner
+
+    @property
+    def warmup(self) -> str:
+        """A function that warms the model up, as code."""
+        return f"lambda model: {self.attribute('model')}({self.sample})"
+
+    @property
+    def sample(self) -> str:
+        """The sample, as code; empty without one."""
+        name = (self.target.sample or "").partition(":")[2]
+        return f"{name}()" if self.sample_is_made else name
+
+    def runner(self, **native: object) -> str:
+        """The line that makes a runner."""
+        policy = ", ".join(f"{name}={value}" for name, value in native.items())
+        option = f", native=NativePolicy({policy})" if native else ""
+        return f"runner = InferenceRunner({self.model}, warmup={self.warmup}{option})"
+
+    def application(self) -> tuple[str, ...]:
+        """The lines that put the model on a runner."""
+        arguments = [self.attribute("runner.model"), *filter(None, [self.sample])]
+        return (
+            "from asgi_infer import InferenceMiddleware, InferenceRunner",
+            *self.imports,
+            "",
+            self.runner(),
+            "app.add_middleware(InferenceMiddleware, runner=runner)",
+            "",
+            "# in an async def endpoint:",
+            f"result = await runner.run({', '.join(arguments)})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Everything that a finding may look at."""
+
+    subject: Subject
+    machine: Machine
+    arms: dict[str, Arm]
+    sweep: dict[int, Arm]
+
+    @property
+    def call(self) -> float:
+        """Seconds that one call takes where nothing is in its way."""
+        times = [arm.latency(50) or 0.0 for arm in self._undisturbed()]
+        return min(times, default=0.0)
+
+    def _undisturbed(self) -> list[Arm]:
+        script = self.arms.get("script")
+        return [script] if script else list(self.arms.values())
+
+
+def milliseconds(seconds: float) -> str:
+    """A time for people."""
+    return f"{1000 * seconds:.3g} ms"
