@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.ensemble import HistGradientBoostingClassifier
 
-sample: NDArray[np.float64] = load_digits().data[:200]
+sample: NDArray[np.float64] = load_digits(return_X_y=True)[0][:200]
 """What each call classifies: 200 pictures of digits, of 64 pixels each."""
 
 

@@ -8,6 +8,7 @@ and what reads all threads finds none.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,11 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
-
-try:
-    import resource
-except ImportError:  # pragma: no cover  # Windows
-    resource = None  # type: ignore[assignment]  # then nothing is counted
 
 T = TypeVar("T")
 
@@ -154,8 +150,10 @@ class _Nothing:
 
 
 def _thread_usage() -> Callable[[], ThreadUsage]:
-    if not hasattr(resource, "RUSAGE_THREAD"):
+    if sys.platform != "linux":  # pragma: no cover  # other systems
         return _Nothing
+    import resource  # which Windows has not
+
     return partial(resource.getrusage, resource.RUSAGE_THREAD)
 
 
