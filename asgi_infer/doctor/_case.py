@@ -97,6 +97,6 @@ class Case:
         return [script] if script else list(self.arms.values())
 
 
-def milliseconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time for people."""
-    return f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

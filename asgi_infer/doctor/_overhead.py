@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ._case import Case, milliseconds
+from ._case import Case, duration
 from ._results import Arm, Finding
 
 _SLOWER = 1.25  # what clients on the same CPUs cost stays below
@@ -49,8 +49,8 @@ def _http(case: Case, overhead: float) -> Finding:
     return Finding(
         key="http",
         severity="fine",
-        headline=f"a request costs {milliseconds(overhead)} beside the call, which takes "
-        f"{milliseconds(case.call)}",
+        headline=f"a request costs {duration(overhead)} beside the call, which takes "
+        f"{duration(case.call)}",
         detail="That is the price of HTTP and of the way through the application, and it is the "
         "same for every model. Where calls are as short as this, answer several in one request.",
     )
@@ -73,6 +73,6 @@ def _slower(script: Arm, worst: Arm, slower: float) -> Finding:
         severity="advice",
         headline=f"{worst.title} is {slower:.1f}x slower than the script, and no known sign "
         "says why",
-        detail=f"A call uses {milliseconds(cpu)} of CPU time there and {milliseconds(usual)} "
+        detail=f"A call uses {duration(cpu)} of CPU time there and {duration(usual)} "
         f"in the script: {why}",
     )

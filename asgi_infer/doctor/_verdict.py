@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from ._case import DIFFERENCE, Case, Subject, milliseconds
+from ._case import DIFFERENCE, Case, Subject, duration
 from ._overhead import server_cost
 from ._results import Arm, Finding, Machine
 from ._sweep import thread_count
@@ -190,12 +190,12 @@ def _loop_blocked(case: Case) -> Iterator[Finding]:
     yield Finding(
         key="loop-blocked",
         severity="advice",
-        headline=f"async def blocks the event loop: /health waits {milliseconds(wait)}"
-        + (f", on the runner {milliseconds(instead)}" if instead is not None else ""),
-        detail="In an async def endpoint the model runs on the event loop's thread. It is as "
-        "fast as in the script, and while it runs no other request is answered, no health "
-        f"check, no disconnect seen; a call takes {milliseconds(case.call)}. On the runner it "
-        "is as fast, and the loop stays free.",
+        headline=f"async def blocks the event loop: /health waits {duration(wait)}"
+        + (f", on the runner {duration(instead)}" if instead is not None else ""),
+        detail="In an async def endpoint the model runs on the event loop's thread. It has the "
+        "CPUs there, and while it runs no other request is answered, no health check, no "
+        f"disconnect seen; a call takes {duration(case.call)}. On the runner it has them as "
+        "well, and the loop stays free.",
         lines=case.subject.application(),
     )
 
@@ -211,8 +211,8 @@ def _holds_gil(case: Case) -> Iterator[Finding]:
     yield Finding(
         key="holds-gil",
         severity="problem",
-        headline=f"the model holds the GIL: /health waits {milliseconds(wait)} even on the "
-        f"runner, and a call takes {milliseconds(case.call)}",
+        headline=f"the model holds the GIL: /health waits {duration(wait)} even on the "
+        f"runner, and a call takes {duration(case.call)}",
         detail="The binding keeps Python's lock while it computes, so that no other thread of "
         "the process can run, the event loop's neither. No thread helps against that: run the "
         "model in a process of its own, or ask its makers to release the lock around the "

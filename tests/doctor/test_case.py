@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from asgi_infer.doctor._case import Subject, milliseconds
+from asgi_infer.doctor._case import Subject, duration
 from asgi_infer.doctor._target import Target
 
 from .figures import SUBJECT, arm, case
@@ -66,4 +66,5 @@ def test_how_long_a_call_takes() -> None:
 
 def test_a_time_for_people() -> None:
     """Three digits are enough."""
-    assert milliseconds(0.0123456) == "12.3 ms"
+    assert duration(0.0123456) == "12.3 ms"
+    assert duration(2.0456) == "2.05 s"
