@@ -3,12 +3,12 @@
 GNU OpenMP keeps a pool for each thread that ever started a parallel region, and once all pools
 together have more threads than there are CPUs, every barrier in the process sleeps instead of
 spinning. One native call on the event loop's thread is enough, and the model is slow from then
-on. The sign is exact: the inference thread goes to sleep hundreds of times in a call, and hardly
-ever otherwise.
+on. There are two signs of it, and it takes both: the inference thread goes to sleep again and
+again in each call, and there are native threads, not the model's, that were not there while calls
+were well.
 
-What follows from it costs about a millisecond (reading ``/proc``, and making a pool anew where
-it was given back), so that it takes several such calls in a row, and twice as many each time.
-Where stray calls keep coming, their pool is given back now and then, and not for each of them.
+A look for those threads reads ``/proc``, so that it takes several such calls in a row. Where stray
+calls keep coming, their pool is given back now and then, and not for each of them.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 
-from ._call import Call, Port
+from ._call import Port
 from ._statistics import Usage
-from .native import openmp, procfs
+from .native import cpu, openmp, procfs
 
 logger = logging.getLogger("asgi_infer")
 
 SLEEPY = 20
 """Voluntary context switches of a call from which on it may be throttled."""
 
-_PATIENCE = 3  # such calls in a row before anything is done
-_PATIENCE_AFTER_SUCCESS = 24  # at the most: when the strays end, the model is soon well again
-_PATIENCE_IN_VAIN = 1536  # at the most: a model may sleep for reasons of its own
-_CALM = 10  # times the patience: calls without a sign after which it starts anew
+PATIENCE = 3
+"""Such calls in a row before anything is done."""
+
+_MOST_PATIENCE = 24  # however often it happens: when the strays end, the model is soon well again
+_CALM = 50  # calls without a sign, after which the patience is as at first
+_ANSWER_LIMIT = 1.0  # seconds for loops to answer in; one may stand still, or be closed
+
+_watched: weakref.WeakSet[ForeignPools] = weakref.WeakSet()  # guarded by the GIL
 
 
 def native_threads(name: str) -> tuple[set[int], set[int]]:
@@ -39,9 +44,11 @@ def native_threads(name: str) -> tuple[set[int], set[int]]:
 
     :param name: the runner's, which all native threads of its model inherit
     """
+    # Before and after: a thread of Python's may start, or end, in between.
+    python = _python_threads()
     try:
-        ids = procfs.thread_ids() - {thread.native_id for thread in threading.enumerate()}
-    except OSError:  # not Linux
+        ids = procfs.thread_ids() - python - _python_threads()
+    except OSError:  # not Linux, or no descriptor left to read it with
         return set(), set()
     kernel_name = procfs.kernel_name(name)
     ours: set[int] = set()
@@ -55,76 +62,99 @@ def native_threads(name: str) -> tuple[set[int], set[int]]:
 class ForeignPools:
     """Watches the calls of one inference thread, and is that thread's own.
 
+    :param name: the runner's
+    :param usage: where it is noted what was found and done
+    :param home: the event loop that the runner was started on, if there was one
     :ivar alert: whether calls without a sign of throttling are of interest as well
     """
 
-    def __init__(self, name: str, usage: Usage) -> None:
+    def __init__(self, name: str, usage: Usage, home: Port | None = None) -> None:
         self.alert = False
-        self._name = name
+        self.name = name
         self._usage = usage
-        self._patience = _PATIENCE
+        self._ports = weakref.WeakSet[Port](() if home is None else (home,))  # loops to ask
+        self._harmless: set[int] | None = None  # foreign threads while calls were well
+        self._usual_switches = 0.0  # of a call then
+        self._candidates: set[int] = set()  # foreign threads at the look before
+        self._patience = PATIENCE
         self._sleepy = 0  # calls in a row that slept a lot
         self._calm = 0  # calls in a row that did not
-        self._ports: set[Port] = set()  # the loops that the sleepy ones came from
         self._release: _Release | None = None  # under way, on those loops
-        self._told = False  # that a pool can't be given back
+        self._in_vain: set[int] = set()  # threads that are no loop's to give back
+        _watched.add(self)
 
-    def note(self, call: Call, switches: int) -> None:
-        """A call has ended in which the thread went to sleep ``switches`` times."""
-        if self._release is not None:
-            self._conclude(self._release, call, switches)
-        elif switches >= SLEEPY:
-            self._suspect(call)
-        else:
-            self._relax()
-
-    def _suspect(self, call: Call) -> None:
+    def note(self, func: str, port: Port, switches: int) -> None:
+        """A call of ``func`` has ended in which the thread went to sleep ``switches`` times."""
         self.alert = True
-        self._calm = 0
-        self._sleepy += 1
-        self._ports.add(call.port)
-        if self._sleepy < self._patience:
-            return
-        self._sleepy = 0
-        ports, self._ports = self._ports, set()
-        ours, foreign = native_threads(self._name)
+        if self._release is not None:
+            self._conclude(self._release, func, switches)
+        elif switches < SLEEPY:
+            self._relax()
+        else:
+            self._calm = 0
+            self._sleepy += 1
+            self._ports.add(port)
+            if self._sleepy == self._patience - 1:
+                self._candidates = native_threads(self.name)[1]
+            elif self._sleepy >= self._patience:
+                self._sleepy = 0
+                self._patience = min(2 * self._patience, _MOST_PATIENCE)
+                self._look(func)
+
+    def look(self, func: str, port: Port) -> None:
+        """Now and then: learn what is there while calls are well; find what slows them a little.
+
+        A call of few parallel regions sleeps a few times only, and is slower all the same.
+        """
+        self._ports.add(port)
+        average = self._usage.switches_per_call
+        _, foreign = native_threads(self.name)
         self._usage.foreign_threads = len(foreign)
+        if self._release is None and average >= 2 * self._usual_switches + 1:
+            if self._harmless is not None:
+                self._look(func)
+        elif not self.alert and average < SLEEPY / 4:
+            self._harmless = foreign
+            self._usual_switches = average
+        self._candidates = foreign
+
+    def _look(self, func: str) -> None:
+        ours, foreign = native_threads(self.name)
+        self._usage.foreign_threads = len(foreign)
+        # Those that were there before, too: a thread that has only just started, or is about to
+        # end, may be one of Python's.
+        suspects = (foreign & self._candidates) - self._in_vain
         libgomp = any(runtime.family == "libgomp" for runtime in openmp.loaded_runtimes())
         # Without a pool of its own there is nothing of the model's to throttle.
-        if ours and foreign and libgomp:
-            self._release = _Release(foreign, ports)
-        else:
-            self._wait_longer(_PATIENCE_IN_VAIN)
+        if ours and libgomp and not self._report_runners() and suspects:
+            self.alert = True
+            self._release = _Release(foreign, suspects, self._ports)
 
     def _relax(self) -> None:
         self._sleepy = 0
         self._calm += 1
-        if self._calm >= _CALM * self._patience:
-            self._patience = _PATIENCE
-            self._ports.clear()
+        if self._calm >= _CALM:
+            self._patience = PATIENCE
             self.alert = False
 
-    def _wait_longer(self, limit: int) -> None:
-        self._patience = min(2 * self._patience, max(self._patience, limit))
-
-    def _conclude(self, release: _Release, call: Call, switches: int) -> None:
-        """See what has come of it, once a whole call has run since."""
-        if not release.over(call.started):
+    def _conclude(self, release: _Release, func: str, switches: int) -> None:
+        """See what has come of it, as soon as all loops have answered."""
+        if not release.over:
             return
         self._release = None
-        gone = release.foreign - procfs.thread_ids()
-        self._usage.foreign_threads -= len(gone)
-        if gone:
+        self._calm = 0
+        if release.gone:
             self._usage.pools_returned += 1
-            self._wait_longer(_PATIENCE_AFTER_SUCCESS)
-            self._report_returned(call)
-        else:
-            self._wait_longer(_PATIENCE_IN_VAIN)
-            if switches >= SLEEPY and not self._told:
-                self._told = True
-                self._report_kept(call, switches)
+            self._report_returned(func)
+        elif release.answered:
+            self._in_vain |= release.suspects
+            # Who has slept from the first call on, or has nobody new beside it, may have reasons
+            # of its own.
+            new = self._harmless is not None and release.suspects - self._harmless
+            if new and switches >= SLEEPY:
+                self._report_kept(func, switches)
 
-    def _report_returned(self, call: Call) -> None:
+    def _report_returned(self, func: str) -> None:
         count = self._usage.pools_returned
         if count & (count - 1):  # neither the 1st time nor the 2nd, 4th, 8th ...
             return
@@ -132,43 +162,79 @@ class ForeignPools:
             "%s was slowed down by a second OpenMP pool, which a native call on the event loop's "
             "thread had made; it has been given back (%d so far). Make that call with "
             "runner.run(), too: native calls belong on the model's thread",
-            call.name,
+            func,
             count,
         )
 
-    def _report_kept(self, call: Call, switches: int) -> None:
-        others = {thread.name for thread in threading.enumerate()} - {self._name}
-        logger.warning(
-            "%s goes to sleep %d times in a call, as OpenMP does where a second thread uses it: "
-            "not the event loop's thread, so that its pool can't be given back from here. Look "
-            "for native calls in 'def' endpoints and threads, and make them with runner.run(). "
-            "Threads that there are: %s",
-            call.name,
-            switches,
-            ", ".join(sorted(others)),
-        )
+    def _report_kept(self, func: str, switches: int) -> None:
+        if self._usage.say_once("kept"):
+            others = {thread.name for thread in threading.enumerate()} - {self.name}
+            logger.warning(
+                "%s goes to sleep %d times in a call, and did not before: another thread seems "
+                "to have made a second OpenMP pool. No event loop that calls this runner owns it, "
+                "so that it can't be given back from here. Look for native calls in 'def' "
+                "endpoints and threads, and make them with runner.run(). Threads that there "
+                "are: %s",
+                func,
+                switches,
+                ", ".join(sorted(others)),
+            )
+
+    def _report_runners(self) -> bool:
+        """Whether runners of this process throttle each other; giving back does not help then."""
+        pools = {each.name: len(native_threads(each.name)[0]) + 1 for each in _watched}
+        busy = {name: count for name, count in pools.items() if count > 1}
+        cpus = len(cpu.IMPORT_AFFINITY)
+        if len(busy) < 2 or sum(busy.values()) <= cpus:
+            return False
+        if self._usage.say_once("runners"):
+            logger.warning(
+                "the runners %s of this process have %d native threads together, on %d CPUs: "
+                "their OpenMP pools slow each other down. Set NativePolicy(threads=%d) for each, "
+                "or let one runner own all models",
+                " and ".join(sorted(map(repr, busy))),
+                sum(busy.values()),
+                cpus,
+                max(1, cpus // len(busy)),
+            )
+        return True
 
 
 class _Release:
     """A request to some event loops to give back the pools of their threads.
 
-    :ivar foreign: the threads that are to go with them
+    :param foreign: the threads that are not the model's
+    :param suspects: those of them that have been there for a while
+    :ivar gone: the foreign threads that went with it
     """
 
-    _LIMIT = 10.0  # seconds for loops to answer in; one may stand still, or be closed
+    def __init__(self, foreign: set[int], suspects: set[int], ports: Iterable[Port]) -> None:
+        self.suspects = suspects
+        self._foreign = foreign
+        self.gone: set[int] = set()  # updated by each loop, before it counts as answered
+        self._since = time.monotonic()
+        self._answers: list[None] = []  # appended to by each loop
+        self._asked = sum(port.call_soon_threadsafe(self._run) for port in ports)
 
-    def __init__(self, foreign: set[int], ports: Iterable[Port]) -> None:
-        self.foreign = foreign
-        self._asked = time.monotonic()
-        self._done: list[float] = []  # appended to by each loop
-        self._awaited = sum(port.call_soon_threadsafe(self._run) for port in ports)
+    @property
+    def answered(self) -> bool:
+        """Whether every loop that has not ended has answered."""
+        return len(self._answers) >= self._asked
 
-    def over(self, started: float) -> bool:
-        """Whether all loops had answered when something started at that time."""
-        if len(self._done) < self._awaited:
-            return started - self._asked > self._LIMIT
-        return started >= max(self._done, default=self._asked)
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to wait for."""
+        return self.answered or time.monotonic() - self._since > _ANSWER_LIMIT
 
     def _run(self) -> None:
-        openmp.release_pools()
-        self._done.append(time.monotonic())
+        """On a loop. Whatever fails here must not end the loop, as it would with trio."""
+        with suppress(Exception):
+            before = self._foreign & procfs.thread_ids()
+            openmp.release_pools()
+            # The threads of a pool have ended when it has been given back.
+            self.gone |= before - procfs.thread_ids()
+        self._answers.append(None)
+
+
+def _python_threads() -> set[int | None]:
+    return {thread.native_id for thread in threading.enumerate()}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
+from ._statistics import Usage
 from .native import NativePolicy, cpu, processes
 from .native.procfs import thread_usage
 
@@ -33,13 +34,19 @@ class Looked(Protocol):
 
 
 class Hints:
-    """Says what it finds in the looks at one runner's calls. The inference thread's own."""
+    """Says what it finds in the looks at one runner's calls. The inference thread's own.
 
-    def __init__(self, name: str, native: NativePolicy) -> None:
+    :param name: the runner's
+    :param native: what its model runs under
+    :param usage: remembers what has been said
+    """
+
+    def __init__(self, name: str, native: NativePolicy, usage: Usage) -> None:
         self._name = name
         self._native = native
-        # Each cause has a check that returns the hint; it is asked until it has one.
-        self._open: dict[str, Callable[[Looked], str | None]] = {
+        self._usage = usage
+        # Each cause has a check that returns the hint.
+        self._checks: dict[str, Callable[[Looked], str | None]] = {
             "faults": self._page_faults,
             "gil": self._held_gil,
             "quota": self._quota,
@@ -47,16 +54,14 @@ class Hints:
         }
         self._in_a_row = {"faults": 0, "gil": 0}
         self._looks = 0
-        self._quota_cpus = cpu.cgroup_quota()
-        self._throttling = cpu.throttling()
+        self._throttling: cpu.Throttling | None = None
 
     def consider(self, look: Looked) -> None:
         """Look for every cause that nothing has been said of yet."""
         self._looks += 1
-        for cause, check in list(self._open.items()):
-            hint = check(look)
-            if hint is not None:
-                del self._open[cause]
+        for cause, check in self._checks.items():
+            hint = None if cause in self._usage.said else check(look)
+            if hint is not None and self._usage.say_once(cause):
                 logger.warning("%s", hint)
 
     def _agreed(self, cause: str, *, sign: bool) -> bool:
@@ -67,18 +72,20 @@ class Hints:
         if self._native.retain_memory:
             return None
         many = look.faults >= _FAULTS
-        share = look.faults * fault_seconds() / look.seconds if many else 0.0
+        share = min(1.0, look.faults * fault_seconds() / look.seconds) if many else 0.0
         if not self._agreed("faults", sign=share > _FAULT_SHARE):
             return None
         return (
-            f"{look.func} spends {share:.0%} of its time on page faults ({look.faults} in a "
-            f"call), to get memory that the call before has given back: "
+            f"{look.func} spends about {share:.0%} of its time on page faults ({look.faults} in a "
+            f"call). If that is memory which the call before has given back, "
             f"NativePolicy(retain_memory=True) keeps it"
         )
 
     def _held_gil(self, look: Looked) -> str | None:
         lag = look.lag or 0.0
-        if not self._agreed("gil", sign=lag >= _BLOCKED and lag >= 0.9 * look.seconds):
+        # As long as the call: a loop that is held up for longer, or less, is held up by others.
+        sign = lag >= _BLOCKED and 0.9 * look.seconds <= lag <= 1.1 * look.seconds
+        if not self._agreed("gil", sign=sign):
             return None
         return (
             f"while {look.func} runs, the event loop stands still (for {lag:.3g} s of "
@@ -87,23 +94,24 @@ class Hints:
         )
 
     def _quota(self, look: Looked) -> str | None:
-        if self._quota_cpus is None:
+        quota = cpu.cgroup_quota()
+        if quota is None:
             return None
-        before, self._throttling = self._throttling, cpu.throttling()
-        periods = self._throttling.periods - before.periods
-        throttled = self._throttling.throttled_periods - before.throttled_periods
-        if not periods or throttled < 2 or throttled < _THROTTLED_SHARE * periods:
+        before, now = self._throttling, cpu.throttling()
+        self._throttling = now
+        periods = now.periods - before.periods if before else 0
+        throttled = now.throttled_periods - before.throttled_periods if before else 0
+        if throttled < max(2, _THROTTLED_SHARE * periods):
             return None
-        threads = max(1, math.floor(self._quota_cpus))
-        mine = self._native.thread_count
+        threads, mine = max(1, math.floor(quota)), self._native.thread_count
         remedy = (
             f"set NativePolicy(threads={threads}), not {mine}"
             if mine > threads
             else f"the model has {mine} already: look for what else runs in this container"
         )
         return (
-            f"the cgroup's quota of {self._quota_cpus:g} CPUs was used up in {throttled} of "
-            f"{periods} periods, and everything stood still for the rest of each: {remedy}"
+            f"the cgroup's quota of {quota:g} CPUs was used up in {throttled} of {periods} "
+            f"periods, and everything stood still for the rest of each: {remedy}"
         )
 
     def _processes(self, look: Looked) -> str | None:
@@ -113,23 +121,37 @@ class Hints:
             pids = [os.getpid(), *processes.siblings()]
         except (OSError, ValueError):  # not Linux, or a kernel that doesn't tell
             return None
-        mine, *others = (processes.threads_named(self._name, pid) for pid in pids)
-        pools = [mine, *(count for count in others if count > 1)]  # one thread makes no pool
-        cpus = len(cpu.IMPORT_AFFINITY)
-        if mine < 2 or len(pools) < 2 or sum(pools) <= cpus:
+        counts = {pid: processes.threads_named(self._name, pid) for pid in pids}
+        # One thread makes no pool.
+        pools = {pid: count for pid, count in counts.items() if count > 1}
+        cpus = frozenset[int]().union(*map(processes.affinity, pools))
+        room = min(len(cpus), cpu.cgroup_quota() or len(cpus))
+        if os.getpid() not in pools or len(pools) < 2 or sum(pools.values()) <= room:
             return None
+        count, threads = len(pools), sum(pools.values())
         return (
-            f"{len(pools)} processes of this server run a model named {self._name!r}, with "
-            f"{sum(pools)} native threads on {cpus} CPUs, which slows all of them down: "
-            f"set NativePolicy(threads={max(1, cpus // len(pools))}), or start fewer workers"
+            f"{count} processes of this server run a model named {self._name!r}, with {threads} "
+            f"native threads on {room:g} CPUs, which slows all of them down: "
+            f"set NativePolicy(threads={max(1, int(room) // count)}), or start fewer workers"
         )
 
 
 @cache
 def fault_seconds() -> float:
-    """What one page fault costs here, measured once: 0.1 µs to 3 µs, most in virtual machines."""
-    pages = 512
-    with mmap.mmap(-1, pages * mmap.PAGESIZE) as memory:
+    """What one page fault costs here, measured once: 0.1 µs to 3 µs, most in virtual machines.
+
+    0 where it can't be measured.
+    """
+    try:
+        return min(_fault_seconds() for _ in range(5))
+    except OSError:  # no memory for it, or a kernel without huge pages, which knows no such advice
+        return 0.0
+
+
+def _fault_seconds() -> float:
+    # Private, as malloc's memory is: shared memory is dearer.
+    flags, pages = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 128
+    with mmap.mmap(-1, pages * mmap.PAGESIZE, flags=flags) as memory:
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         before, start = thread_usage().ru_minflt, time.perf_counter()

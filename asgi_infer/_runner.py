@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from concurrent.futures import Executor, Future, wait
 from contextlib import asynccontextmanager
 from contextvars import copy_context
-from dataclasses import asdict
 from functools import partial, update_wrapper
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast
@@ -337,10 +336,10 @@ class InferenceRunner(Executor, Generic[ModelT]):
             yield {STATE_KEY: {self._name: self}, f"{STATE_KEY}.{self._name}": self}
 
     def statistics(self) -> RunnerStatistics:
-        """What the runner has done and is doing, read at one instant."""
+        """What the runner has done and is doing: its counts, and what calls cost."""
         thread = self._thread
         schedulers = [] if thread is None else thread.schedulers
-        usage = asdict(self._usage)
+        usage = self._usage
         with self._lock:
             counters = self._counters
             return RunnerStatistics(
@@ -354,7 +353,12 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 running=counters.running,
                 late=counters.late,
                 service_time=counters.service_time,
-                **usage,
+                cores_used=usage.cores_used,
+                switches_per_call=usage.switches_per_call,
+                faults_per_call=usage.faults_per_call,
+                foreign_threads=usage.foreign_threads,
+                pools_returned=usage.pools_returned,
+                loop_lag=usage.loop_lag,
                 state="new" if thread is None else thread.state,
             )
 
@@ -423,6 +427,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
                     max_queue=self._max_queue, counters=self._counters, lock=self._lock
                 ),
                 usage=self._usage,
+                home=_port_here(),
                 previous=previous,
             )
             try:
@@ -457,6 +462,14 @@ class InferenceRunner(Executor, Generic[ModelT]):
         self._begin()
         if thread is not None:
             thread.leave_behind()
+
+
+def _port_here() -> Port | None:
+    """The port of the event loop that runs here, if one does."""
+    try:
+        return current_port()
+    except RuntimeError:
+        return None
 
 
 class _WithRoom(Executor):

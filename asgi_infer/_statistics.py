@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerStatistics:
-    """What a runner has done and is doing, all read at one instant.
+    """What a runner has done and is doing.
 
+    The counts are all read at one instant:
     ``submitted = completed + failed + cancelled + expired + rejected + queued + running``
     holds in every snapshot. The first six and ``late`` only ever grow. What calls cost (from
     ``service_time`` to ``loop_lag``) are moving averages; ``cores_used``, ``foreign_threads`` and
@@ -43,8 +44,9 @@ class RunnerStatistics:
     faults_per_call: float
     """Pages of memory that the model's thread has to ask the kernel for in a call."""
     foreign_threads: int
-    """Native threads that are neither Python's nor the model's: pools of other threads, and of
-    libraries that were first used elsewhere, such as NumPy's when the main thread imported it."""
+    """Native threads that are neither Python's nor the model's: pools of other threads, of
+    libraries that were first used elsewhere (NumPy's, when the main thread imported it), and
+    what servers, allocators and drivers start for themselves."""
     pools_returned: int
     """How often a second OpenMP pool was found, and given back. Only ever grows."""
     loop_lag: float
@@ -81,6 +83,15 @@ class Usage:
     foreign_threads: int = 0
     pools_returned: int = 0
     loop_lag: float = 0.0
+    said: set[str] = field(default_factory=set, repr=False)
+    """The causes of slowness that have been logged: not for users."""
+
+    def say_once(self, cause: str) -> bool:
+        """Whether ``cause`` has not been logged yet; it counts as logged from now on."""
+        if cause in self.said:
+            return False
+        self.said.add(cause)
+        return True
 
 
 def moving_average(average: float, value: float) -> float:

@@ -20,7 +20,7 @@ import time
 import traceback
 from typing import Any
 
-from ._call import Call, Work, here
+from ._call import Call, Port, Work, here
 from ._errors import CallCancelled, CallFailed, Draining, NotReady, describe
 from ._model import name_of
 from ._scheduler import Scheduler, retry_after, stopped
@@ -35,6 +35,7 @@ class InferenceThread:
     """One OS thread, one worker, one scheduler: alive from ``start`` until ``done``.
 
     :param usage: what its calls cost is noted there
+    :param home: the event loop that starts it, if one does
     :param previous: a thread of the same runner that may still be busy; this one waits for its
         end before it loads, so that there are never two
     """
@@ -46,6 +47,7 @@ class InferenceThread:
         worker: Worker,
         scheduler: Scheduler,
         usage: Usage,
+        home: Port | None = None,
         previous: InferenceThread | None,
     ) -> None:
         self.scheduler = scheduler
@@ -57,6 +59,7 @@ class InferenceThread:
         self._opened: OpenWorker | None = None  # the thread's own; in a forked child, nobody's
         self._stopping = False  # only ever set; by whoever stops the thread
         self._usage = usage
+        self._home = home
         self._thread = threading.Thread(target=self._main, name=spec.name, daemon=True)
 
     def start(self) -> None:
@@ -168,7 +171,8 @@ class InferenceThread:
         self.ready.set_exception(error)
 
     def _serve(self, worker: OpenWorker) -> None:
-        watch = Watch(name=self._spec.name, native=self._spec.native, usage=self._usage)
+        spec = self._spec
+        watch = Watch(name=spec.name, native=spec.native, usage=self._usage, home=self._home)
         try:
             while self._serve_burst(worker, watch):
                 pass
@@ -200,6 +204,8 @@ class InferenceThread:
                 error = _as_error(exception, call.work)
             watch.end(call)
             call = self.scheduler.finish(call, value, error)
+            if watch.news is not None:
+                watch.attend()
             del value, error  # it is the caller's now, and its traceback refers to this frame
         return True
 

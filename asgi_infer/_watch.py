@@ -3,19 +3,29 @@
 Each call costs one system call (``getrusage`` for this thread alone, 0.3 µs). Once a second, and
 only while calls are made, one of them is looked at more closely: how many CPUs it used, and when
 its caller's event loop got to answer.
+
+Guarantees
+    * Nothing in here ends the thread: a watch that fails is given up, and the calls go on.
+    * What takes longer than those counters is done when the call has been handed over.
+    * No call is kept alive.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
-from ._call import Call
-from ._foreign_pools import SLEEPY, ForeignPools, native_threads
+from ._call import Call, Port
+from ._foreign_pools import SLEEPY, ForeignPools
 from ._hints import Hints
 from ._statistics import Usage, moving_average
 from .native import NativePolicy
 from .native.procfs import thread_usage
+
+logger = logging.getLogger("asgi_infer")
 
 LOOK_EVERY = 1.0
 """Seconds from one close look to the next."""
@@ -30,18 +40,23 @@ class Watch:
     :param name: the runner's
     :param native: what its model runs under
     :param usage: where the figures go
+    :param home: the event loop that the runner was started on, if there was one
     :ivar next_look: when to look at a call more closely; never while one is looked at
+    :ivar news: what is left to do about the call that has just ended, if anything
     """
 
-    def __init__(self, *, name: str, native: NativePolicy, usage: Usage) -> None:
-        self._name = name
+    def __init__(
+        self, *, name: str, native: NativePolicy, usage: Usage, home: Port | None = None
+    ) -> None:
+        self.next_look = 0.0
+        self.news: Callable[[], None] | None = None
         self._usage = usage
-        self._pools = ForeignPools(name, usage)
-        self._hints = Hints(name, native)
+        self._pools = ForeignPools(name, usage, home)
+        self._hints = Hints(name, native, usage)
         self._switches = 0
         self._faults = 0
+        self._given_up = False
         self._look: Look | None = None  # at the call that runs, or waiting for a loop's answer
-        self.next_look = 0.0
 
     def reset(self) -> None:
         """Start counting: what the thread did before, such as sleeping, is no call's."""
@@ -65,28 +80,51 @@ class Watch:
             usage.switches_per_call = _faded(usage.switches_per_call, switches)
         if faults or usage.faults_per_call:
             usage.faults_per_call = _faded(usage.faults_per_call, faults)
-        if switches >= SLEEPY or self._pools.alert:
-            self._pools.note(call, switches)
-        if self._look is not None:
-            self._continue(self._look, call, faults)
+        worth_a_word = switches >= SLEEPY or self._pools.alert or self._look is not None
+        if worth_a_word and not self._given_up:
+            self.news = self._news(call, switches, faults)
 
-    def _continue(self, look: Look, call: Call, faults: int) -> None:
-        if look.started == call.started:
-            look.end(call, faults)
-        # The loop's answer may come only now that the call has ended: then this waits for the
-        # end of another.
-        if look.answered or time.monotonic() - look.started > _ANSWER_LIMIT:
-            self._look = None
-            self.next_look = time.monotonic() + LOOK_EVERY
-            self._evaluate(look)
+    def attend(self) -> None:
+        """The call has been handed over: do what is left to do about it."""
+        news, self.news = self.news, None
+        try:
+            if news is not None:  # pragma: no branch  # who calls this has looked
+                news()
+        except Exception as error:
+            # A full table of files, a logging handler that fails ...: no reason to stop serving.
+            self._give_up(error)
+        self.reset()  # nor is what this took any call's
+
+    def _give_up(self, error: Exception) -> None:
+        self.next_look = math.inf
+        self._look = None
+        self._given_up = True
+        with suppress(Exception):  # it may be the logging that has failed
+            logger.warning("calls are no longer watched for what slows them down", exc_info=error)
+
+    def _news(self, call: Call, switches: int, faults: int) -> Callable[[], None]:
+        """What is left to do, without the call, which would be kept alive by it."""
+        func, port, look = call.name, call.port, self._look
+        if look is not None and look.started == call.started:
+            look.end(func, faults)
+        pools = switches >= SLEEPY or self._pools.alert
+
+        def news() -> None:
+            if pools:
+                self._pools.note(func, port, switches)
+            if look is not None and look.over:
+                self._evaluate(look)
+
+        return news
 
     def _evaluate(self, look: Look) -> None:
+        self._look = None
+        self.next_look = time.monotonic() + LOOK_EVERY
         usage = self._usage
         usage.cores_used = moving_average(usage.cores_used, look.cores_used)
-        _, foreign = native_threads(self._name)
-        usage.foreign_threads = len(foreign)
         if look.lag is not None:
             usage.loop_lag = moving_average(usage.loop_lag, look.lag)
+        self._pools.look(look.func, look.port)
         self._hints.consider(look)
 
 
@@ -100,7 +138,8 @@ class Look:
     """A close look at one call, of which it keeps nothing alive.
 
     :ivar started: when the call began, on the clock of ``time.monotonic()``
-    :ivar answered: whether its caller's event loop has answered, or there is none
+    :ivar port: the way to its caller's event loop
+    :ivar answered: whether that has answered, or there is none
     :ivar lag: seconds that the answer took. The loop is asked as the call begins, when it may
         still get the GIL, and again a millisecond later, when a function that holds the GIL has
         it: the later of the two answers counts
@@ -112,6 +151,7 @@ class Look:
 
     def __init__(self, call: Call) -> None:
         self.started = call.started
+        self.port = call.port
         self.lag: float | None = None  # written by the loop, before it sets answered
         self.answered = False
         self.seconds = 0.0
@@ -119,25 +159,35 @@ class Look:
         self.faults = 0
         self.func = ""
         self._cpu = time.process_time()
-        self._port = call.port
         self._due = self.started
-        if not self._port.call_soon_threadsafe(self._answer):
+        if not self.port.call_soon_threadsafe(self._answer):
             self.answered = True
 
-    def end(self, call: Call, faults: int) -> None:
+    def end(self, func: str, faults: int) -> None:
         """The call has run."""
         # More than nothing, whatever the clock's resolution.
         self.seconds = max(1e-9, time.monotonic() - self.started)
         self.cores_used = (time.process_time() - self._cpu) / self.seconds
         self.faults = faults
-        self.func = call.name
+        self.func = func
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing more to wait for.
+
+        The loop's answer may come only when the call has ended: at the end of another, then.
+        """
+        return self.answered or time.monotonic() - self.started > _ANSWER_LIMIT
 
     def _answer(self) -> None:
         """On the loop, as soon as it gets to it."""
         now = time.monotonic()
         self.lag = now - self._due
         self._due = now + _PAUSE
-        self._port.call_later(_PAUSE, self._answer_again)
+        try:
+            self.port.call_later(_PAUSE, self._answer_again)
+        except RuntimeError:  # a trio run that is about to end
+            self.answered = True
 
     def _answer_again(self) -> None:
         self.lag = max(self.lag or 0.0, time.monotonic() - self._due)

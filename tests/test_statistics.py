@@ -9,6 +9,7 @@ import pytest
 from asgi_infer._statistics import Counters, RunnerStatistics, Usage, moving_average
 
 KEPT = asdict(Counters(submitted=3)) | asdict(Usage(cores_used=1.5))
+del KEPT["said"]  # the one thing in there that is no figure
 SNAPSHOT = RunnerStatistics(queued=3, state="ready", **KEPT)
 
 
@@ -20,7 +21,8 @@ def test_snapshot_is_frozen() -> None:
 
 def test_counters_start_at_zero() -> None:
     """A new runner has done nothing."""
-    assert set(asdict(Counters()).values()) == set(asdict(Usage()).values()) == {0}
+    assert set(asdict(Counters()).values()) == {0}
+    assert {value for key, value in asdict(Usage()).items() if key != "said"} == {0}
 
 
 def test_snapshot_has_every_counter() -> None:
@@ -28,7 +30,7 @@ def test_snapshot_has_every_counter() -> None:
     shown = {field.name for field in fields(RunnerStatistics)}
     kept = {field.name for field in (*fields(Counters), *fields(Usage))}
     assert shown - kept == {"queued", "state"}
-    assert kept < shown
+    assert kept - shown == {"said"}
 
 
 def test_snapshots_compare_by_value() -> None:

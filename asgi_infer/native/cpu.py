@@ -79,14 +79,13 @@ def cgroup_quota(root: Path = _ROOT) -> float | None:
 def throttling(root: Path = _ROOT) -> Throttling:
     """How often the quota of this process's cgroup, or of one above it, has run out.
 
+    Of all these groups it is the one that was throttled most: their periods are the same ones.
+
     :param root: where ``proc`` and ``sys`` are found
     """
     counts = [_throttling(group) for group in _groups(root)]
-    return Throttling(
-        periods=sum(each.periods for each in counts),
-        throttled_periods=sum(each.throttled_periods for each in counts),
-        throttled_seconds=sum(each.throttled_seconds for each in counts),
-    )
+    nothing = Throttling(periods=0, throttled_periods=0, throttled_seconds=0.0)
+    return max(counts, key=lambda each: each.throttled_periods, default=nothing)
 
 
 def recommended_threads(cpus: frozenset[int] = IMPORT_AFFINITY) -> int:
@@ -186,7 +185,9 @@ def _groups(root: Path) -> Iterator[Path]:
 def _mount(base: Path, controllers: str) -> Path:
     """Where a tree is mounted: version 2 has one; version 1 names each for its controllers."""
     named = base / controllers
-    return named if named.exists() else base / "cpu"  # the names may come in another order there
+    # os.path's: unlike Path's, it says no where one may not look.
+    there = os.path.exists(named)  # noqa: PTH110
+    return named if there else base / "cpu"  # the names may come in another order there
 
 
 def _quota(group: Path) -> float | None:

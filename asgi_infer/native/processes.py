@@ -7,19 +7,40 @@ from pathlib import Path
 
 from . import procfs
 
+_INIT = 1  # the parent of services that have nothing to do with each other
+
 
 def siblings() -> set[int]:
-    """The ids of the processes that this one's parent has started beside it.
+    """The processes that this one's parent has started beside it to run the same program.
 
     :raises OSError: not Linux, or a kernel that doesn't tell
     """
+    parent = os.getppid()
+    if parent == _INIT:
+        return set()
     found: set[int] = set()
-    for task in Path(f"/proc/{os.getppid()}/task").iterdir():
+    for task in Path(f"/proc/{parent}/task").iterdir():
         found.update(map(int, (task / "children").read_text().split()))
-    return found - {os.getpid()}
+    program = _program(os.getpid())
+    return {pid for pid in found - {os.getpid()} if _program(pid) == program}
 
 
 def threads_named(name: str, pid: int) -> int:
     """How many threads of a process carry ``name``, as all native threads of a model do."""
     ours = procfs.kernel_name(name)
     return sum(each == ours for each in procfs.all_thread_names(pid).values())
+
+
+def affinity(pid: int) -> frozenset[int]:
+    """The CPUs that a process may run on; none if it has ended."""
+    try:
+        return frozenset(os.sched_getaffinity(pid))
+    except OSError:
+        return frozenset()
+
+
+def _program(pid: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115  # as text: it may be gone
+    except OSError:  # it has ended, or is another user's
+        return None

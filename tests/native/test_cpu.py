@@ -218,14 +218,14 @@ def test_name_that_is_no_text(tree: Tree) -> None:
 
 
 def test_throttling_v2(tree: Tree) -> None:
-    """The counts of the group and of all above it are added up: any of them may be the one."""
+    """Of the group and all above it, the one that was throttled most counts."""
     tree.member_of("0::/a/b\n")
     counts = "usage_usec 1\nnr_periods {}\nnr_throttled {}\nthrottled_usec {}\n"
     tree.statistics("a/b", counts.format(10, 3, 2_500_000))
     tree.statistics("a", counts.format(20, 1, 500_000))
     tree.statistics("", "usage_usec 12345\n")
     assert throttling(tree.root) == Throttling(
-        periods=30, throttled_periods=4, throttled_seconds=3.0
+        periods=10, throttled_periods=3, throttled_seconds=2.5
     )
 
 
