@@ -152,7 +152,7 @@ def _fault_seconds() -> float:
     # Private, as malloc's memory is: shared memory is dearer.
     flags, pages = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 128
     with mmap.mmap(-1, pages * mmap.PAGESIZE, flags=flags) as memory:
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # pragma: no branch  # Linux has it
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         before, start = thread_usage().ru_minflt, time.perf_counter()
         for page in range(0, len(memory), mmap.PAGESIZE):

@@ -425,4 +425,4 @@ def test_every_example_is_in_the_table() -> None:
     """The table of examples names each of them, and nothing that is not there."""
     table = (EXAMPLES / "README.md").read_text()
     names = {path.stem for path in EXAMPLES.iterdir() if not path.name.startswith(("_", "README"))}
-    assert set(re.findall(r"python -m examples\.(\w+)", table)) == names
+    assert set(re.findall(r"(?:python -m|asgi-infer doctor) examples\.(\w+)", table)) == names

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import threadpoolctl  # type: ignore[import-untyped]  # it has none
@@ -161,6 +162,19 @@ def test_block_time() -> None:
         command, check=True, timeout=30, capture_output=True, text=True, env=environment
     ).stdout
     assert output.splitlines() == ["libiomp5 0.2", "True 0.05 False"]
+
+
+def test_block_time_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the runtime counts in milliseconds is seconds here."""
+    set_to: list[int] = []
+    runtime = OpenMPRuntime(gomp.load().path, "libomp")
+    library = SimpleNamespace(
+        kmp_get_blocktime=lambda: 200, kmp_set_blocktime=lambda count: set_to.append(count.value)
+    )
+    monkeypatch.setattr(runtime, "_library", library)
+    assert runtime.block_time == 0.2
+    assert runtime.set_block_time(0.0256)
+    assert set_to == [26]
 
 
 def test_libgomp_has_no_block_time() -> None:

@@ -70,6 +70,34 @@ def test_no_siblings_of_mine() -> None:
     assert os.getpid() not in processes.siblings()
 
 
+def test_services_are_no_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What init starts has nothing in common but that."""
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert processes.siblings() == set()
+
+
+def test_other_programs_are_no_siblings(two_children: list[Seen]) -> None:
+    """A process of another program, beside this one, is none of the same server."""
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        script = f"from asgi_infer.native import processes; print({sleeper.pid} in "
+        command = [sys.executable, "-c", f"{script}processes.siblings())"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        sleeper.kill()
+    assert output == "False\n"
+
+
+def test_affinity(two_children: list[Seen]) -> None:
+    """The CPUs of another process; of one that has ended, none."""
+    assert processes.affinity(two_children[0].pid) == os.sched_getaffinity(0)
+    assert processes.affinity(2**22 + 1) == frozenset()
+
+
+def test_process_of_another_program_is_known_by_its_file() -> None:
+    """A process that has ended, or that one may not look at, is no program."""
+    assert processes._program(2**22 + 1) is None
+    assert processes._program(os.getpid()) == os.path.realpath(sys.executable)
+
+
 def test_threads_named(two_children: list[Seen]) -> None:
     """Threads are counted by as much of the name as the kernel keeps."""
     pid = two_children[0].pid
