@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from ._figure import Comparison, Figure, Metric, one_by_one
-from ._load import Load
+import subprocess
+import sys
+from collections.abc import Callable
+
+from ._figure import Comparison, Figure, Metric, Sample, Scale, one_by_one
+from ._load import Load, script
 from ._served import METRICS, figure, server
 
 TITLE = "HistGradientBoosting, 200 digits a call, model also warmed up on main"
 _MANY, _ONE = Load(connections=8, model="digits"), Load(connections=1, model="digits")
 
 _NICENESS = {f"nice {nice}": server(_MANY, "runner", "--nice", str(nice)) for nice in (0, 5, 10)}
+
+
+def _beside_another(measure: Callable[[Scale], Sample]) -> Callable[[Scale], Sample]:
+    """The same while a program of somebody else's, of ordinary niceness, wants a CPU as well."""
+
+    def step(scale: Scale) -> Sample:
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            try:
+                return measure(scale)
+            finally:
+                other.kill()
+
+    return step
+
+
+_BESIDE = {
+    "script": _beside_another(lambda scale: script("digits", scale)),
+    **{arm: _beside_another(measure) for arm, measure in _NICENESS.items()},
+}
 _POOLS = {"given back": server(_MANY, "runner"), "kept": server(_MANY, "runner", "--keep-pool")}
 
 _AGAINST_SCRIPT = Comparison("calls", "runner", "script", at_least=0.95)
@@ -68,5 +91,18 @@ FIGURES = [
             Comparison("health_p99", "nice 10", "nice 0"),
         ],
         steps=one_by_one(_NICENESS),
+    ),
+    Figure(
+        name="beside-another",
+        title=f"{TITLE}; 8 clients;\nthe same while another program keeps one CPU busy",
+        arms=list(_BESIDE),
+        metrics=[*METRICS, Metric("health_median", "median ms")],
+        comparisons=[
+            Comparison("calls", "nice 0", "script"),
+            Comparison("calls", "nice 5", "nice 0"),
+            Comparison("calls", "nice 10", "nice 0"),
+        ],
+        steps=one_by_one(_BESIDE),
+        rounds=3,
     ),
 ]

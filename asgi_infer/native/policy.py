@@ -25,7 +25,8 @@ class NativePolicy:
         force already, such as ``OMP_NUM_THREADS``
     :param cpus: the CPUs to run on; by default those allowed when the package was imported
     :param nice: added to the process's niceness, 0 to 19. Above 0 the event loop gets the CPU
-        at once when it has something to do, and the model all that is left
+        sooner when it has something to do; but where other programs want the CPUs as well, a
+        nicer model gets next to nothing. For machines that nobody else uses
     :param retain_memory: keep freed memory instead of returning it to the kernel after each
         call. For the whole process, and for good: see ``asgi_infer.native.memory``
     :param contexts: factories of context managers, entered on the thread before the model is
@@ -35,7 +36,7 @@ class NativePolicy:
 
     threads: int | None = None
     cpus: Collection[int] | None = None
-    nice: int = 5
+    nice: int = 0
     retain_memory: bool = False
     contexts: tuple[Callable[[], AbstractContextManager[object]], ...] = ()
 
