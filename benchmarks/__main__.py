@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import digits, full_cpu, handoff, million, web
+from . import digits, full_cpu, handoff, million, watch, web
 from ._children import ROOT
 from ._figure import FULL, QUICK, Benchmark, Figure
 from ._report import as_json, table
 
 SETS: dict[str, Sequence[Figure]] = {
-    "default": [*handoff.FIGURES, *digits.FIGURES, *web.FIGURES, *million.FIGURES],
+    "default": [
+        *handoff.FIGURES,
+        *watch.FIGURES,
+        *digits.FIGURES,
+        *web.FIGURES,
+        *million.FIGURES,
+    ],
     "full-cpu": full_cpu.FIGURES,
 }
 _PATIENCE = (
