@@ -67,18 +67,18 @@ class Arm:
     interval: float
     """Seconds that each value of ``ThreadTrace.cpu`` stands for."""
     model_cpu_seconds: float = 0.0
-    """That all threads but the event loop's used, on CPUs; 0 where that is not known."""
+    """Those CPU seconds that the model's threads used, without the event loop's; 0 if unknown."""
+
+    @property
+    def calls(self) -> int:
+        """How many calls ended in the measured time."""
+        return len(self.latencies)
 
     @property
     def native_threads(self) -> int | None:
         """The number that an arm of the thread sweep was given; None for any other arm."""
         kind, _, count = self.key.partition("-")
         return int(count) if kind == "threads" else None
-
-    @property
-    def calls(self) -> int:
-        """How many calls ended in the measured time."""
-        return len(self.latencies)
 
     @property
     def calls_per_second(self) -> float:
@@ -147,7 +147,7 @@ class Machine:
     runtimes: tuple[str, ...]
     """Native thread pools found in the model's process: ``libgomp (scikit-learn)`` ..."""
     counted: bool = True
-    """Whether threads can be counted here; if not, all counts and CPU seconds are 0."""
+    """Whether threads could be counted here."""
 
     def has(self, runtime: str) -> bool:
         """Whether a library of that name was found in the model's process."""
