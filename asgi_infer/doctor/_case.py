@@ -105,6 +105,10 @@ class Case:
         times = [arm.latency(50) or 0.0 for arm in self._undisturbed()]
         return min(times, default=0.0)
 
+    def has(self, runtime: str) -> bool:
+        """Whether a native library of that name was found in the model's process."""
+        return any(runtime in each for each in self.machine.runtimes)
+
     def _undisturbed(self) -> list[Arm]:
         script = self.arms.get("script")
         return [script] if script else list(self.arms.values())

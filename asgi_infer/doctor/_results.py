@@ -149,10 +149,6 @@ class Machine:
     counted: bool = True
     """Whether threads could be counted here."""
 
-    def has(self, runtime: str) -> bool:
-        """Whether a library of that name was found in the model's process."""
-        return any(runtime in each for each in self.runtimes)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:

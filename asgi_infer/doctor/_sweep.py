@@ -72,7 +72,7 @@ def _elsewhere(case: Case) -> Iterator[Finding]:
     one = case.sweep.get(1)
     if one is None or one.model_cores_used <= _BUSY_WITH_ONE:
         return
-    onnx = case.machine.has("ONNX Runtime")
+    onnx = case.has("ONNX Runtime")
     option = "intra_op_num_threads of ONNX Runtime's SessionOptions" if onnx else "an argument"
     yield Finding(
         key="threads-elsewhere",

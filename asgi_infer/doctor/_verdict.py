@@ -176,7 +176,7 @@ def _sleeps_in_server(case: Case) -> Iterator[Finding]:
     gain = None
     if runner and not case.machine.noisy:
         gain = runner.calls_per_second / worst.calls_per_second
-    if case.machine.has("libgomp"):  # the one that throttles a pool for the sake of another
+    if case.has("libgomp"):  # the one that throttles a pool for the sake of another
         yield _two_pools(case, worst, gain, figures)
     else:
         yield _other_sleeps(case, worst, gain, figures)
