@@ -9,6 +9,8 @@ from ._target import Target
 
 DIFFERENCE = 1.05
 """Two speeds on a quiet machine differ when they differ by as much."""
+CLEARLY = 1.25
+"""They differ for a reason: what clients on the same CPUs cost stays below that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +19,13 @@ class Subject:
 
     :param sample_is_made: by a function
     :param threads: native threads that the runner uses by default
+    :param clients: that called at the same time
     """
 
     target: Target
     sample_is_made: bool
     threads: int
+    clients: int = 1
 
     @property
     def model(self) -> str:
@@ -62,6 +66,15 @@ class Subject:
         option = f", native=NativePolicy({policy})" if native else ""
         return f"runner = InferenceRunner({self.model}, warmup={self.warmup}{option})"
 
+    def policy(self, **native: object) -> tuple[str, ...]:
+        """The lines that make a runner with a policy."""
+        return (
+            "from asgi_infer import InferenceRunner, NativePolicy",
+            *self.imports,
+            "",
+            self.runner(**native),
+        )
+
     def application(self) -> tuple[str, ...]:
         """The lines that put the model on a runner."""
         arguments = [self.attribute("runner.model"), *filter(None, [self.sample])]
@@ -92,11 +105,16 @@ class Case:
         times = [arm.latency(50) or 0.0 for arm in self._undisturbed()]
         return min(times, default=0.0)
 
+    def has(self, runtime: str) -> bool:
+        """Whether a native library of that name was found in the model's process."""
+        return any(runtime in each for each in self.machine.runtimes)
+
     def _undisturbed(self) -> list[Arm]:
         script = self.arms.get("script")
         return [script] if script else list(self.arms.values())
 
 
-def duration(seconds: float) -> str:
-    """A time for people."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+def switches(*arms: Arm | None) -> str:
+    """What each arm's voluntary context switches are, in words."""
+    figures = (f"{arm.switches_per_call:.1f} ({arm.title})" for arm in arms if arm)
+    return f"Voluntary context switches per call: {', '.join(figures)}."

@@ -10,20 +10,10 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from ._figures import (
-    NONE,
-    counted,
-    duration,
-    is_loop,
-    mean_use,
-    model_threads,
-    number,
-    of_sweep,
-    plain,
-    share,
-)
-from ._results import Arm, ThreadTrace, percentile
+from ._figures import is_loop, model_threads, of_sweep
+from ._results import Arm, ThreadTrace, p99, percentile
 from ._svg import COLOURS, ROLES, axes, inline
+from ._text import NONE, duration, number, plain, plural, share
 
 ROW = 44.0
 """Pixels for each arm: a line of text and what is drawn below it."""
@@ -49,7 +39,7 @@ class Picture:
 
 def colour(arm: Arm) -> str:
     """The same for each arm in all pictures, and the page's accent for the runner."""
-    if arm.key.startswith("threads-"):
+    if arm.native_threads:
         return COLOURS["runner"]
     return COLOURS[arm.key if arm.key in ROLES else "other"]
 
@@ -83,8 +73,8 @@ def threads(arms: Sequence[Arm]) -> list[Picture]:
 
 def _thread_picture(arm: Arm, rows: Sequence[Row], *, seconds: float, key: str) -> Picture:
     busy = model_threads(arm)
-    each = _percent(_mean([mean_use(thread) for thread in busy]))
-    note = f"{counted(len(busy), 'thread')}, {each} each" if busy else "no busy thread was seen"
+    each = _percent(_mean([thread.use for thread in busy]))
+    note = f"{plural(len(busy), 'thread')}, {each} each" if busy else "no busy thread was seen"
     height = max(1, len(rows)) * THREAD_ROW
     plot = axes(height + AXIS, left=112, right=44, bottom=AXIS)
     _draw_threads(plot, arm, rows, seconds)
@@ -157,18 +147,19 @@ def _percent(part: float) -> str:
 # -- one row for each arm ----------------------------------------------------------------------
 
 
-def costs(arms: Sequence[Arm]) -> list[Picture]:
-    """What each way to run the model costs: throughput, sleeps, latencies."""
+def costs(arms: Sequence[Arm], *, counted: bool = True) -> list[Picture]:
+    """What each way to run the model costs: throughput, sleeps if counted, latencies."""
+    sleeps = [(arm, arm.switches_per_call if arm.calls else None) for arm in arms]
     return [
-        _bars(
+        *_bars(
             "Calls per second",
             "What comes out. Longer is better.",
             [(arm, arm.calls_per_second) for arm in arms],
         ),
-        _bars(
+        *_bars(
             "Sleeps per call",
             "How often a thread gives its CPU up inside of a call. Shorter is better.",
-            [(arm, arm.switches_per_call if arm.calls else None) for arm in arms],
+            sleeps if counted else [],
         ),
         *_spread(
             "Latency of the calls",
@@ -184,15 +175,17 @@ def costs(arms: Sequence[Arm]) -> list[Picture]:
     ]
 
 
-def _bars(title: str, note: str, bars: Sequence[tuple[Arm, float | None]]) -> Picture:
-    plot = axes(max(1, len(bars)) * ROW)
+def _bars(title: str, note: str, bars: Sequence[tuple[Arm, float | None]]) -> Iterator[Picture]:
+    if not bars:  # nothing was counted
+        return
+    plot = axes(len(bars) * ROW)
     longest = max((value or 0 for _, value in bars), default=0) or 1
     said = [(arm, NONE if value is None else number(value)) for arm, value in bars]
     for index, (arm, value) in enumerate(bars):
         plot.barh(index * ROW + 29, longest, height=8, color=COLOURS["track"])
         plot.barh(index * ROW + 29, value or 0, height=8, color=colour(arm))
     plot.set_xlim(0, longest)
-    return _named(plot, title, note, said)
+    yield _named(plot, title, note, said)
 
 
 def _spread(
@@ -205,7 +198,7 @@ def _spread(
     for index, (arm, values) in enumerate(rows):
         _draw_spread(plot, index * ROW + 32, sorted(values), colour(arm))
     said = [
-        (arm, f"{duration(percentile(values, 50))}, {duration(percentile(values, 99))}")
+        (arm, f"{duration(percentile(values, 50))}, {duration(p99(values))}")
         for arm, values in rows
     ]
     yield _named(plot, title, note, said)
@@ -216,9 +209,10 @@ def _draw_spread(plot: Axes, y: float, values: Sequence[float], shade: str) -> N
     strokes = [x for each in _thinned(values) for x in (each, each, math.nan)]
     ends = [y - 5, y + 5, math.nan] * (len(strokes) // 3)
     plot.plot(strokes, ends, color=shade, alpha=0.5, linewidth=1)
-    for percent, fill in ((50, shade), (99, COLOURS["page"])):
-        at = percentile(values, percent) or 0
-        plot.plot([at], [y], "o", color=shade, markerfacecolor=fill, markersize=9, mew=2)
+    for at, fill in ((percentile(values, 50), shade), (p99(values), COLOURS["page"])):
+        dot = [] if at is None else [at]
+        place = [y] * len(dot)
+        plot.plot(dot, place, "o", color=shade, markerfacecolor=fill, markersize=9, mew=2)
 
 
 def _thinned(values: Sequence[float]) -> Iterator[float]:
@@ -232,7 +226,7 @@ def _named(plot: Axes, title: str, note: str, said: Sequence[tuple[Arm, str]]) -
     for index, (arm, value) in enumerate(said):
         _write(plot, shortened(arm.title, LONGEST_ARM), y=index * ROW + 13)
         _write(plot, value, y=index * ROW + 13, x=1, align="right", weight="bold")
-    plot.set_ylim(max(1, len(said)) * ROW, 0)
+    plot.set_ylim(len(said) * ROW, 0)
     words = "; ".join(f"{plain(arm.title)} {value}" for arm, value in said)
     svg = inline(plot, key=_key(title), label=f"{title}: {words}")
     return Picture(title=title, note=note, svg=svg)
@@ -255,23 +249,22 @@ def _logarithmic(plot: Axes, values: Sequence[float]) -> None:
 # -- the sweep ---------------------------------------------------------------------------------
 
 
-def sweep(arms: Sequence[Arm]) -> list[Picture]:
+def sweep(arms: Sequence[Arm], *, counted: bool = True) -> Iterator[Picture]:
     """The runner with one native thread, with two ...: what comes out, and the cores it takes."""
     if not arms:
-        return []
+        return
     best = max(arms, key=lambda arm: arm.calls_per_second)
-    return [
-        _curve(
-            "Calls per second, by native threads",
-            f"The most comes out with {of_sweep(best)}.",
-            [(arm, arm.calls_per_second) for arm in arms],
-        ),
-        _curve(
+    yield _curve(
+        "Calls per second, by native threads",
+        f"The most comes out with {of_sweep(best)}.",
+        [(arm, arm.calls_per_second) for arm in arms],
+    )
+    if counted:
+        yield _curve(
             "Cores used, by native threads",
             "More cores are worth it only where more calls come out.",
             [(arm, arm.cores_used) for arm in arms],
-        ),
-    ]
+        )
 
 
 def _curve(title: str, note: str, points: Sequence[tuple[Arm, float]]) -> Picture:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ._results import Arm, Diagnosis, Finding, Machine, ThreadTrace
-
-NONE = "-"
+from ._text import NONE, duration, number, plain, plural, share
 
 ARMS = {
     "script": "the model in a loop on the main thread, without a server: what it can do",
@@ -29,14 +28,22 @@ class Column:
     """In two lines where one would be wide."""
     meaning: str
     """How it was measured and what it says, in one line."""
-    cell: Callable[[Arm, Diagnosis], str]
+    figure: Callable[[Arm, Diagnosis], str]
     sweep: bool = False
     """Whether the small table of the thread sweep has it."""
+    counted: bool = False
+    """Whether it rests on what was counted of each thread."""
 
     @property
     def name(self) -> str:
         """The header in one line."""
         return self.header.replace("\n/", "/").replace("\n", " ")
+
+    def cell(self, arm: Arm, diagnosis: Diagnosis) -> str:
+        """The figure; nothing where it could not be counted."""
+        if self.counted and not diagnosis.machine.counted:
+            return NONE
+        return self.figure(arm, diagnosis)
 
 
 def columns(diagnosis: Diagnosis) -> list[Column]:
@@ -45,49 +52,14 @@ def columns(diagnosis: Diagnosis) -> list[Column]:
     return [*COLUMNS, THROTTLED] if throttled else [*COLUMNS]
 
 
-def number(value: float) -> str:
-    """With as many digits as say something: ``1313``, ``87.5``, ``0.04``."""
-    if not value:
-        return "0"
-    if value < 1:
-        return f"{value:.2f}"
-    if value < 99.95:
-        return f"{value:.1f}"
-    return f"{value:.0f}" if value < 9999.5 else f"{value:,.0f}"
-
-
-def duration(value: float | None) -> str:
-    """Seconds, as ``0.42 ms``, ``12 ms`` or ``1.3 s``."""
-    if value is None:
-        return NONE
-    if value >= 0.9995:
-        return f"{value:.3g} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-4 else f"{value * 1e3:.2f} ms"
-
-
-def share(part: float, whole: float) -> str:
-    """As ``42 %``."""
-    return f"{100 * part / whole:.0f} %" if whole > 0 else NONE
-
-
-def plain(text: str) -> str:
-    """Text from outside in one line, without what could control a terminal or break a page."""
-    return code(" ".join(text.split()))
-
-
-def code(line: str) -> str:
-    """The same with all of its spaces: a line of code."""
-    return "".join(each if each.isprintable() else "?" for each in line.expandtabs(4))
-
-
 def of_sweep(arm: Arm) -> str:
     """What an arm is called among the others of the thread sweep: its number of threads."""
-    return plain(arm.key.removeprefix("threads-"))
+    return str(arm.native_threads)
 
 
 def target(diagnosis: Diagnosis) -> str:
-    """What was called, as one name; a model that is called itself has no more."""
-    return plain(f"{diagnosis.target}.{diagnosis.call}".removesuffix("."))
+    """What was called, as one name."""
+    return plain(f"{diagnosis.target}.{diagnosis.call}")
 
 
 def verdicts(diagnosis: Diagnosis) -> list[Finding]:
@@ -116,32 +88,20 @@ def noise(machine: Machine) -> str:
         (machine.stolen >= 0.01, f"the host takes {machine.stolen:.1f} CPUs away"),
     ]
     why = ", ".join(text for true, text in reasons if true) or "not quiet"
-    return f"This machine is busy ({why}): trust the switches, not the times."
-
-
-def counted(count: int, thing: str) -> str:
-    """As ``1 thread`` or ``2 threads``."""
-    return f"{count} {thing}{'s' * (count != 1)}"
+    counts = "the switches, not" if machine.counted else "none of"
+    return f"This machine is busy ({why}): trust {counts} the times."
 
 
 def where(machine: Machine) -> str:
     """The machine in one line."""
     paid = "" if machine.quota is None else f", a quota of {number(machine.quota)} CPUs"
     pools = ", ".join(machine.runtimes) or "none found"
-    cpus = f"{counted(machine.cpus, 'CPU')} on {counted(machine.cores, 'core')}{paid}"
+    cpus = f"{plural(machine.cpus, 'CPU')} on {plural(machine.cores, 'core')}{paid}"
     software = f"{machine.system}; Python {machine.python}"
     return plain(f"{cpus}; {software}; native thread pools: {pools}")
 
 
 # -- threads -----------------------------------------------------------------------------------
-
-BUSY = 0.03
-"""The share of a CPU, on average, from which on a thread does something worth a look."""
-
-
-def mean_use(thread: ThreadTrace) -> float:
-    """The share of one CPU that a thread used, on average."""
-    return sum(thread.cpu) / max(1, len(thread.cpu))
 
 
 def is_loop(arm: Arm, thread: ThreadTrace) -> bool:
@@ -151,10 +111,10 @@ def is_loop(arm: Arm, thread: ThreadTrace) -> bool:
 
 def model_threads(arm: Arm) -> list[ThreadTrace]:
     """The threads that ran the model, the busiest first."""
-    busy = [thread for thread in arm.threads if mean_use(thread) >= BUSY]
+    busy = [thread for thread in arm.threads if thread.busy]
     if arm.key != "async-def":  # there the event loop's thread runs it
         busy = [thread for thread in busy if not is_loop(arm, thread)]
-    return sorted(busy, key=mean_use, reverse=True)
+    return sorted(busy, key=lambda thread: thread.use, reverse=True)
 
 
 # -- columns -----------------------------------------------------------------------------------
@@ -177,70 +137,76 @@ COLUMNS = (
     Column(
         header="calls/s",
         meaning="calls of the model that ended, in a second",
-        cell=lambda arm, _: number(arm.calls_per_second),
+        figure=lambda arm, _: number(arm.calls_per_second),
         sweep=True,
     ),
     Column(
         header="of\nscript",
         meaning="the same, in times of the script's: 1.00x means that the server costs nothing",
-        cell=of_script,
+        figure=of_script,
     ),
     Column(
         header="p50",
         meaning="half of the calls took less, seen from the caller, so with the time in the queue",
-        cell=lambda arm, _: duration(arm.latency(50)),
+        figure=lambda arm, _: duration(arm.latency(50)),
         sweep=True,
     ),
     Column(
         header="p99",
-        meaning="all calls but one in a hundred took less",
-        cell=lambda arm, _: duration(arm.latency(99)),
+        meaning="all calls but one in a hundred took less; not told of fewer than 20 calls",
+        figure=lambda arm, _: duration(arm.p99),
         sweep=True,
     ),
     Column(
         header="/health\np99",
         meaning="the same for an endpoint that does nothing, asked meanwhile: how long the event "
         "loop keeps everybody else waiting",
-        cell=lambda arm, _: duration(arm.health_latency(99)),
+        figure=lambda arm, _: duration(arm.health_p99),
     ),
     Column(
         header="cores\nused",
         meaning="CPU seconds of all threads in a second; below the number of threads, some slept",
-        cell=lambda arm, _: number(arm.cores_used),
+        figure=lambda arm, _: number(arm.cores_used),
         sweep=True,
+        counted=True,
     ),
     Column(
         header="sleeps\n/call",
         meaning="voluntary context switches: how often in each call a thread gave its CPU up and "
         "slept. A healthy pool of threads sleeps between calls, not in them; hundreds mean that "
         "it was told to yield. Counted by the kernel, so right on a busy machine, too",
-        cell=per_call(lambda arm: arm.switches_per_call),
+        figure=per_call(lambda arm: arm.switches_per_call),
         sweep=True,
+        counted=True,
     ),
     Column(
         header="preempted\n/call",
         meaning="involuntary context switches: how often in each call another thread took the CPU",
-        cell=per_call(lambda arm: arm.involuntary_switches / max(1, arm.calls)),
+        figure=per_call(lambda arm: arm.involuntary_switches / max(1, arm.calls)),
+        counted=True,
     ),
     Column(
         header="faults\n/call",
         meaning="minor page faults: how often in each call the kernel had to hand out a page of "
         "memory, which is often one that was given back a moment ago",
-        cell=per_call(lambda arm: arm.faults_per_call),
+        figure=per_call(lambda arm: arm.faults_per_call),
+        counted=True,
     ),
     Column(
         header="in\nkernel",
         meaning="the part of the CPU time that the kernel used: page faults, switches, sleeping",
-        cell=lambda arm, _: share(arm.system_seconds, arm.cpu_seconds),
+        figure=lambda arm, _: share(arm.system_seconds, arm.cpu_seconds),
+        counted=True,
     ),
     Column(
         header="queued",
         meaning="of the time in which threads wanted a CPU, the part in which they waited for one",
-        cell=lambda arm, _: share(arm.queued_seconds, arm.queued_seconds + arm.cpu_seconds),
+        figure=lambda arm, _: share(arm.queued_seconds, arm.queued_seconds + arm.cpu_seconds),
+        counted=True,
     ),
 )
 THROTTLED = Column(
     header="quota\nspent",
     meaning="periods in which the container's CPU quota was used up and everything stood still",
-    cell=lambda arm, _: str(arm.throttled_periods),
+    figure=lambda arm, _: str(arm.throttled_periods),
 )

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_BUSY = 0.03
+_FEWEST_FOR_P99 = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class ThreadTrace:
@@ -19,6 +22,16 @@ class ThreadTrace:
     """Python's name for it, where Python started it; None for a native library's thread."""
     cpu: tuple[float, ...]
     """For each interval the share of one CPU that it used: 0 to 1."""
+
+    @property
+    def use(self) -> float:
+        """The share of one CPU that it used, on average."""
+        return sum(self.cpu) / max(1, len(self.cpu))
+
+    @property
+    def busy(self) -> bool:
+        """Whether it does something worth a look."""
+        return self.use >= _BUSY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +66,19 @@ class Arm:
     threads: tuple[ThreadTrace, ...]
     interval: float
     """Seconds that each value of ``ThreadTrace.cpu`` stands for."""
+    model_cpu_seconds: float = 0.0
+    """Those CPU seconds that the model's threads used, without the event loop's; 0 if unknown."""
 
     @property
     def calls(self) -> int:
         """How many calls ended in the measured time."""
         return len(self.latencies)
+
+    @property
+    def native_threads(self) -> int | None:
+        """The number that an arm of the thread sweep was given; None for any other arm."""
+        kind, _, count = self.key.partition("-")
+        return int(count) if kind == "threads" else None
 
     @property
     def calls_per_second(self) -> float:
@@ -70,6 +91,11 @@ class Arm:
         return self.cpu_seconds / self.seconds
 
     @property
+    def model_cores_used(self) -> float:
+        """CPUs that the model's threads keep busy, on average; without a better figure, all."""
+        return (self.model_cpu_seconds or self.cpu_seconds) / self.seconds
+
+    @property
     def switches_per_call(self) -> float:
         """Voluntary context switches a call: the sign of a throttled thread pool."""
         return self.voluntary_switches / max(1, self.calls)
@@ -78,6 +104,16 @@ class Arm:
     def faults_per_call(self) -> float:
         """Minor page faults a call: the sign of memory that is returned and fetched again."""
         return self.minor_faults / max(1, self.calls)
+
+    @property
+    def p99(self) -> float | None:
+        """The 99th percentile of the calls' latencies; None for too few calls."""
+        return p99(self.latencies)
+
+    @property
+    def health_p99(self) -> float | None:
+        """The 99th percentile of the latencies of ``/health``; None for too few, or none."""
+        return p99(self.health)
 
     def latency(self, percent: float) -> float | None:
         """A percentile of the calls' latencies; None without calls."""
@@ -110,6 +146,8 @@ class Machine:
     """Whether that is enough to move times; switches are to be trusted even then."""
     runtimes: tuple[str, ...]
     """Native thread pools found in the model's process: ``libgomp (scikit-learn)`` ..."""
+    counted: bool = True
+    """Whether threads could be counted here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +155,8 @@ class Finding:
     """One thing that the measurements say, in plain words."""
 
     key: str
-    """``two-pools``, ``page-faults``, ``loop-blocked``, ``holds-gil``, ``quota``, ``threads``,
-    ``healthy``, ``noise`` ..."""
+    """``two-pools``, ``page-faults``, ``holds-gil``, ``quota``, ``threads``, ``healthy``,
+    ``noise`` ...: the guide lists them all."""
     severity: str
     """``problem``, ``advice`` or ``fine``."""
     headline: str
@@ -161,6 +199,11 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
+def p99(values: Sequence[float]) -> float | None:
+    """The 99th percentile; None for so few values that it would be the greatest of them."""
+    return percentile(values, 99) if len(values) >= _FEWEST_FOR_P99 else None
+
+
 def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
     """The diagnosis for a machine to read, with the figures that the table shows."""
     values = dataclasses.asdict(diagnosis)
@@ -175,10 +218,10 @@ def _figures(arm: Arm) -> dict[str, float | None]:
     return {
         "calls_per_second": arm.calls_per_second,
         "latency_p50": arm.latency(50),
-        "latency_p99": arm.latency(99),
+        "latency_p99": arm.p99,
         "latency_mean": statistics.fmean(arm.latencies) if arm.latencies else None,
         "cores_used": arm.cores_used,
         "switches_per_call": arm.switches_per_call,
         "faults_per_call": arm.faults_per_call,
-        "health_p99": arm.health_latency(99),
+        "health_p99": arm.health_p99,
     }

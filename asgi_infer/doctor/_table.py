@@ -10,19 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ._figures import (
-    Column,
-    code,
-    columns,
-    counted,
-    noise,
-    of_sweep,
-    plain,
-    target,
-    verdicts,
-    where,
-)
+from ._figures import Column, columns, noise, of_sweep, target, verdicts, where
 from ._results import Arm, Diagnosis, Finding
+from ._text import code, plain, plural
 
 WORDS = {"problem": "PROBLEM", "advice": "ADVICE", "fine": "FINE"}
 STYLES = {"problem": "bold red", "advice": "bold yellow", "fine": "bold green"}
@@ -41,7 +31,7 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     if diagnosis.machine.noisy:
         console.print(Text(noise(diagnosis.machine), style="bold yellow"), end="\n\n")
     console.print(
-        Text(f"{target(diagnosis)}, {counted(diagnosis.clients, 'client')}", style="bold")
+        Text(f"{target(diagnosis)}, {plural(diagnosis.clients, 'client')}", style="bold")
     )
     console.print(Text(where(diagnosis.machine), style="dim"), end="\n\n")
     shown = columns(diagnosis)

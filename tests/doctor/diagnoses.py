@@ -217,7 +217,8 @@ def no_calls() -> Diagnosis:
         replace(each, latencies=(), health=(), threads=(), cpu_seconds=0.0)
         for each in throttled_arms()
     )
-    return replace(throttled(), arms=arms, sweep=arms[:2], findings=())
+    sweep = tuple(replace(each, latencies=(), cpu_seconds=0.0) for each in throttled().sweep[:2])
+    return replace(throttled(), arms=arms, sweep=sweep, findings=())
 
 
 def many_threads() -> Diagnosis:
@@ -248,6 +249,28 @@ def hostile() -> Diagnosis:
         clients=1,
         machine=machine,
         arms=arms,
-        sweep=arms[:1],
+        sweep=tuple(replace(each, title=name) for each in throttled().sweep[:1]),
         findings=(finding,),
     )
+
+
+def uncounted() -> Diagnosis:
+    """The same where nothing can be read of any thread."""
+    arms, sweep = (
+        tuple(
+            replace(
+                each,
+                cpu_seconds=0.0,
+                voluntary_switches=0,
+                involuntary_switches=0,
+                minor_faults=0,
+                system_seconds=0.0,
+                queued_seconds=0.0,
+                threads=(),
+            )
+            for each in measured
+        )
+        for measured in (throttled_arms(), throttled().sweep)
+    )
+    machine = replace(MACHINE, counted=False, runtimes=())
+    return replace(throttled(), machine=machine, arms=arms, sweep=sweep, findings=())

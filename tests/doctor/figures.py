@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from asgi_infer.doctor._case import Case, Subject
-from asgi_infer.doctor._results import Arm, Machine
+from asgi_infer.doctor._results import Arm, Machine, ThreadTrace
 from asgi_infer.doctor._target import Target
 
 SUBJECT = Subject(
@@ -28,6 +28,11 @@ QUIET = Machine(
     runtimes=("libgomp (sklearn)",),
 )
 NOISY = replace(QUIET, noisy=True, others=1.5, pressure=0.3)
+
+POOL = tuple(
+    ThreadTrace(name="python", python=python, cpu=(0.9,) * 10) for python in ("MainThread", None)
+)
+"""A pool of two threads, both busy, in a script."""
 
 
 def arm(key: str, **figures: Any) -> Arm:
@@ -63,10 +68,6 @@ def case(*arms: Arm, machine: Machine = QUIET, subject: Subject = SUBJECT) -> Ca
     return Case(
         subject=subject,
         machine=machine,
-        arms={each.key: each for each in arms if not each.key.startswith("threads-")},
-        sweep={
-            int(each.key.partition("-")[2]): each
-            for each in arms
-            if each.key.startswith("threads-")
-        },
+        arms={each.key: each for each in arms if not each.native_threads},
+        sweep={each.native_threads: each for each in arms if each.native_threads},
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from asgi_infer.doctor._case import Subject, duration
+from asgi_infer.doctor._case import Subject
 from asgi_infer.doctor._target import Target
 
 from .figures import SUBJECT, arm, case
@@ -52,8 +52,13 @@ def test_lines(names: Subject) -> None:
 
 
 def test_a_policy() -> None:
-    """What a policy is to say stands in the line that makes the runner."""
-    assert SUBJECT.runner(threads=3).endswith(", native=NativePolicy(threads=3))")
+    """What a policy is to say stands in the line that makes the runner, after all imports."""
+    *imports, _, runner = SUBJECT.policy(threads=3)
+    assert runner.endswith(", native=NativePolicy(threads=3))")
+    assert imports == [
+        "from asgi_infer import InferenceRunner, NativePolicy",
+        "from my_module import Model, sample",
+    ]
 
 
 def test_how_long_a_call_takes() -> None:
@@ -62,9 +67,3 @@ def test_how_long_a_call_takes() -> None:
     assert case(slow, fast, arm("script", call=0.3)).call == 0.3
     assert case(slow, fast).call == 0.2
     assert case().call == 0.0
-
-
-def test_a_time_for_people() -> None:
-    """Three digits are enough."""
-    assert duration(0.0123456) == "12.3 ms"
-    assert duration(2.0456) == "2.05 s"

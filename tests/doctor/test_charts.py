@@ -131,7 +131,7 @@ def test_scale_of_latencies() -> None:
 
 def test_zero_latency_has_a_place() -> None:
     """A clock that stood still does not break the logarithmic scale."""
-    picture = _charts.costs([replace(arm_of(), latencies=(0.0, 0.0))])[2]
+    picture = _charts.costs([replace(arm_of(), latencies=(0.0,) * 20)])[2]
     assert "0 ms, 0 ms" in " ".join(words(picture)).replace("0.00", "0")
 
 
@@ -139,7 +139,25 @@ def test_nothing_measured_no_picture() -> None:
     """There is no picture of latencies where there are none, and none of a sweep without one."""
     titles = [picture.title for picture in _charts.costs(diagnoses.no_calls().arms)]
     assert titles == ["Calls per second", "Sleeps per call"]
-    assert _charts.sweep([]) == []
+    assert list(_charts.sweep([])) == []
+
+
+def test_nothing_counted_no_picture() -> None:
+    """Where threads can't be counted there is no picture of sleeps, and none of CPUs."""
+    diagnosis = diagnoses.uncounted()
+    titles = [picture.title for picture in _charts.costs(diagnosis.arms, counted=False)]
+    assert "Sleeps per call" not in titles
+    (speed,) = _charts.sweep(diagnosis.sweep, counted=False)
+    assert speed.title == "Calls per second, by native threads"
+
+
+def test_few_calls_have_no_p99() -> None:
+    """Of a few calls only the median is drawn and told."""
+    few, many = (
+        _charts.costs([replace(arm_of(), latencies=(0.02,) * count)])[2] for count in (19, 20)
+    )
+    assert "20 ms, -" in words(few)
+    assert "20 ms, 20 ms" in words(many)
 
 
 def test_sweep() -> None:

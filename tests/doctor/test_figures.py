@@ -7,51 +7,9 @@ from dataclasses import replace
 import pytest
 
 from asgi_infer.doctor import _figures
-from asgi_infer.doctor._figures import duration, is_loop, model_threads, number
+from asgi_infer.doctor._figures import is_loop, model_threads
 
 from . import diagnoses
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.042, "0.04"),
-        (4.6, "4.6"),
-        (99.96, "100"),
-        (1313.4, "1313"),
-        (2e6, "2,000,000"),
-    ],
-)
-def test_number(value: float, text: str) -> None:
-    """A number has as many digits as say something."""
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (None, "-"),
-        (2.5e-5, "0.03 ms"),
-        (0.0004217, "0.422 ms"),
-        (0.465, "465 ms"),
-        (0.9996, "1 s"),
-        (12.34, "12.3 s"),
-    ],
-)
-def test_duration(seconds: float | None, text: str) -> None:
-    """A duration has its unit."""
-    assert duration(seconds) == text
-
-
-def test_plain_keeps_letters_only() -> None:
-    """Line breaks become spaces, and control codes and broken surrogates become visible."""
-    assert _figures.plain("a\n b\x1b[31m\udcff \u4e2d") == "a b?[31m? \u4e2d"
-
-
-def test_code_keeps_indentation() -> None:
-    """A line of code keeps its spaces, and nothing in it controls a terminal."""
-    assert _figures.code("    x = 1\x07") == "    x = 1?"
 
 
 def test_noise_names_its_reasons() -> None:
@@ -61,7 +19,8 @@ def test_noise_names_its_reasons() -> None:
         "time, the host takes 0.1 CPUs away): trust the switches, not the times."
     )
     quiet = replace(diagnoses.MACHINE, noisy=True, others=0.0, pressure=0.0)
-    assert "(not quiet)" in _figures.noise(quiet)
+    assert "(not quiet): trust the switches, not the times" in _figures.noise(quiet)
+    assert "trust none of the times" in _figures.noise(replace(quiet, counted=False))
 
 
 def test_lines_of_code_are_shown_once() -> None:
@@ -84,10 +43,26 @@ def test_machine_in_one_line() -> None:
     assert "a quota of 1.5 CPUs" in _figures.where(diagnoses.noisy().machine)
 
 
-def test_target_that_is_called_itself() -> None:
-    """A model without a method has no dot after it."""
-    assert _figures.target(diagnoses.throttled()) == "digits.model:Model.predict"
-    assert _figures.target(replace(diagnoses.throttled(), call="")) == "digits.model:Model"
+def test_nothing_is_told_of_counts_where_there_are_none() -> None:
+    """What rests on counts has a dash where threads can't be counted; speeds are told."""
+    diagnosis = diagnoses.uncounted()
+    told = {
+        column.name
+        for column in _figures.columns(diagnosis)
+        if column.cell(diagnosis.arms[1], diagnosis) != "-"
+    }
+    assert told == {"calls/s", "of script", "p50", "p99", "/health p99"}
+
+
+@pytest.mark.parametrize(("calls", "told"), [(19, False), (20, True)])
+def test_p99_of_few_calls(calls: int, told: bool) -> None:
+    """One call in a hundred is not told of fewer than twenty."""
+    diagnosis = diagnoses.throttled()
+    arm = replace(diagnosis.arms[1], latencies=(0.1,) * calls, health=(0.1,) * calls)
+    cells = {column.name: column.cell(arm, diagnosis) for column in _figures.COLUMNS}
+    assert cells["p50"] == "100 ms"
+    assert (cells["p99"] == "100 ms") == (cells["/health p99"] == "100 ms") == told
+    assert (cells["p99"] == "-") == (not told)
 
 
 def test_throttling_is_a_column_where_there_was_any() -> None:

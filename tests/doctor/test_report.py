@@ -24,6 +24,7 @@ BUILDERS: list[Callable[[], Diagnosis]] = [
     diagnoses.no_calls,
     diagnoses.many_threads,
     diagnoses.hostile,
+    diagnoses.uncounted,
 ]
 
 
@@ -165,7 +166,12 @@ def test_figures_are_in_the_table() -> None:
 
 @pytest.mark.parametrize(
     ("builder", "count"),
-    [(diagnoses.throttled, 12), (diagnoses.one_arm, 4), (diagnoses.no_calls, 10)],
+    [
+        (diagnoses.throttled, 12),
+        (diagnoses.one_arm, 4),
+        (diagnoses.no_calls, 10),
+        (diagnoses.uncounted, 4),
+    ],
 )
 def test_pictures(builder: Callable[[], Diagnosis], count: int) -> None:
     """One of the threads for each arm, four of the costs, two of the sweep: what was measured."""
@@ -199,10 +205,26 @@ def test_nothing_found() -> None:
 
 
 def test_gain_without_health() -> None:
-    """A figure that was not measured is not compared."""
+    """A figure that was not measured is not compared, and one that was not counted neither."""
     arms = tuple(replace(arm, health=()) for arm in diagnoses.throttled().arms)
     read = Page(report(replace(diagnoses.throttled(), arms=arms, sweep=())))
     assert read.text.count("\u2192") == 2
+    assert page(diagnoses.uncounted).text.count("\u2192") == 2
+
+
+def test_a_loss_is_no_gain() -> None:
+    """Only a figure that changes for the better has the accent's colour."""
+    arms = {arm.key: arm for arm in diagnoses.throttled().arms}
+    arms["def"] = replace(arms["def"], latencies=arms["runner"].latencies * 2, health=(0.1,) * 30)
+    read = Page(report(replace(diagnoses.throttled(), arms=tuple(arms.values()), sweep=())))
+    better = [attributes.get("class") for attributes in read.all("dd")[:3]]
+    assert better == [None, "better", "better"]
+
+
+def test_nothing_was_counted() -> None:
+    """Where threads can't be counted there are no pictures of them, and no heading for those."""
+    assert "Where the cores went" not in page(diagnoses.uncounted).inside("h2")
+    assert "Where the cores went" in page(diagnoses.throttled).inside("h2")
 
 
 @pytest.mark.parametrize(
