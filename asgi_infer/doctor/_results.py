@@ -53,6 +53,8 @@ class Arm:
     threads: tuple[ThreadTrace, ...]
     interval: float
     """Seconds that each value of ``ThreadTrace.cpu`` stands for."""
+    model_cpu_seconds: float = 0.0
+    """Those CPU seconds that the model's threads used, without the event loop's; 0 if unknown."""
 
     @property
     def calls(self) -> int:
@@ -110,6 +112,8 @@ class Machine:
     """Whether that is enough to move times; switches are to be trusted even then."""
     runtimes: tuple[str, ...]
     """Native thread pools found in the model's process: ``libgomp (scikit-learn)`` ..."""
+    counted: bool = True
+    """Whether threads could be counted here."""
 
 
 @dataclass(frozen=True, kw_only=True)
