@@ -242,7 +242,8 @@ def test_signals(invoke: Doctor, hangs_up: signal.Handlers) -> None:
     signal.signal(signal.SIGHUP, hangs_up)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     invoke("--no-html")
-    assert callable(invoke.signals[signal.SIGTERM])
+    with pytest.raises(SystemExit, match="143"):
+        invoke.signals[signal.SIGTERM](signal.SIGTERM, None)
     assert (invoke.signals[signal.SIGHUP] is signal.SIG_IGN) == (hangs_up is signal.SIG_IGN)
     assert signal.getsignal(signal.SIGHUP) is hangs_up
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -363,6 +364,13 @@ def test_what_is_executed(run: Run) -> None:
     assert command == ["env", "-0"]
     assert "mmap_max=0" in environment["GLIBC_TUNABLES"]
     assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_what_is_set_is_not_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for, and is set otherwise, is said to stay."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "asgi-infer: OMP_NUM_THREADS=7 stays\n" in run("--threads", "3", "env").stderr
+    assert run.done[0][2]["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from contextlib import suppress
 from typing import Any, cast
 
 from ._calls import FEWEST_CALLS, MOST_CALLS
@@ -57,8 +56,9 @@ async def _measure(clients: list[Connection], health: Probes, seconds: float) ->
     probing = asyncio.ensure_future(health.run())
     await measured.run()
     probing.cancel()
-    with suppress(asyncio.CancelledError):
-        await probing
+    await asyncio.wait([probing])
+    if not probing.cancelled():
+        await probing  # which has failed
     return measured
 
 

@@ -87,7 +87,8 @@ def test_an_arm_that_fails_is_left_out() -> None:
 
 
 def test_no_arm_is_left() -> None:
-    """Where all fail, that is the answer: it names the arm, and how it ended."""
+    """Where all fail, that is the answer: it names the arm, and how it ended, though something
+    that it has forked keeps the connections of its clients open."""
     options = Options(seconds=0.05, arms=("def",), sweep=False)
     with pytest.raises(TargetError, match=r"^def endpoint: the process was killed by SIGSEGV"):
         diagnose(target("CrashOffMain"), options)
