@@ -6,8 +6,11 @@ Too late for a running program: OpenMP, OpenBLAS and the allocator look once, at
 from __future__ import annotations
 
 import ctypes.util
+import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from .native import cpu
 
@@ -29,8 +32,23 @@ PACKAGES = {
 """The allocators to choose from, and what Debian calls their packages."""
 
 
+BAD_INPUT = 2
+NOT_EXECUTABLE = 126  # as shells have it
+NOT_FOUND = 127
+
+# What Python ignores for itself; a command would go on to ignore it.
+_IGNORED = [getattr(signal, name) for name in ("SIGPIPE", "SIGXFSZ") if hasattr(signal, name)]
+
+
 class LaunchError(Exception):
-    """The command can't be executed as wanted. The text is one line, for the user."""
+    """The command can't be executed as wanted. The text is one line, for the user.
+
+    :ivar code: what to exit with
+    """
+
+    def __init__(self, text: str, code: int = BAD_INPUT) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def settings(
@@ -61,16 +79,52 @@ def settings(
     return absent
 
 
+def kept(
+    environment: Mapping[str, str], *, threads: int | None = None, allocator: str | None = None
+) -> dict[str, str]:
+    """What is in an environment, and was asked for otherwise: that stays as it is.
+
+    :raises LaunchError: there is no such allocator
+    """
+    asked = {} if threads is None else dict.fromkeys(_COUNTS, str(threads))
+    if allocator is not None:
+        asked["LD_PRELOAD"] = _library(allocator)
+    return {
+        name: environment[name]
+        for name, value in asked.items()
+        if environment.get(name, value) != value
+    }
+
+
 def executable(command: Sequence[str], path: str | None) -> str:
     """The file that a command names.
 
     :param path: where to look, as in ``PATH``
-    :raises LaunchError: there is none
+    :raises LaunchError: there is none, or it may not be executed
     """
     found = shutil.which(command[0], path=path)
-    if found is None:
-        raise LaunchError(f"there is no command {command[0]!r}: is it installed, and in PATH?")
-    return found
+    if found is not None:
+        return found
+    there = shutil.which(command[0], os.F_OK, path=path)
+    if there is not None:
+        raise LaunchError(f"{there} is no program: chmod +x makes it one", NOT_EXECUTABLE)
+    raise LaunchError(
+        f"there is no command {command[0]!r}: is it installed, and in PATH?", NOT_FOUND
+    )
+
+
+def execute(path: str, command: list[str], environment: Mapping[str, str]) -> NoReturn:
+    """Become the command.
+
+    :raises LaunchError: the system refuses to execute it
+    """
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execve(path, command, environment)  # noqa: S606  # what it is for
+    except OSError as error:
+        text = f"{path} can't be executed: {error.strerror}"
+        raise LaunchError(text, NOT_EXECUTABLE) from None
 
 
 def _library(allocator: str) -> str:

@@ -18,10 +18,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from asgi_infer import _commands, cli
+from asgi_infer import _commands, _launch, cli
 from asgi_infer.doctor import _doctor
 from asgi_infer.doctor._doctor import Options, Progress
-from asgi_infer.doctor._results import Diagnosis
+from asgi_infer.doctor._results import Diagnosis, as_json
 from asgi_infer.doctor._target import Target, TargetError
 
 from .conftest import ON_LINUX
@@ -40,15 +40,35 @@ on_linux = pytest.mark.skipif(not ON_LINUX, reason="counters are read from /proc
 # -- the command -------------------------------------------------------------------------------
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is missing is named, and how to install it; the exit code is 1."""
+@pytest.mark.parametrize(
+    ("command", "missing"), [("doctor", "typer, matplotlib"), ("run", "typer")]
+)
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, command: str, missing: str) -> None:
+    """What a command lacks is named, and how to install it; the exit code is 1."""
+    monkeypatch.setattr(sys, "argv", ["asgi-infer", command])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit) as caught:
         cli.main()
-    assert caught.value.code == (
-        "asgi-infer needs typer, matplotlib: pip install 'asgi-infer[doctor]'"
-    )
+    assert caught.value.code == f"asgi-infer needs {missing}: pip install 'asgi-infer[doctor]'"
+
+
+def test_run_needs_little() -> None:
+    """A command is launched without what only the doctor needs."""
+    absent = ["rich", "fastapi", "uvicorn", "matplotlib", "jinja2", "markupsafe"]
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); {COMMAND[-1]}"
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "run",
+        "--",
+        sys.executable,
+        "-c",
+        "print('it runs')",
+    ]
+    done = subprocess.run(command, check=True, timeout=50, capture_output=True, text=True)
+    assert done.stdout == "it runs\n"
 
 
 def test_with_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -72,10 +92,12 @@ class Doctor:
     """``asgi-infer doctor``, which measures nothing: the diagnosis is given, or is raised.
 
     :ivar asked: what it was to measure
+    :ivar signals: what then becomes of those that end a process
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[Target, Options]] = []
+        self.signals: dict[int, Any] = {}
         self._found: Diagnosis | BaseException = DIAGNOSIS
         monkeypatch.setattr(_doctor, "diagnose", self._diagnose)
 
@@ -85,6 +107,7 @@ class Doctor:
 
     def _diagnose(self, target: Target, options: Options, progress: Progress) -> Diagnosis:
         self.asked.append((target, options))
+        self.signals = {number: signal.getsignal(number) for number in _commands.ENDING}
         progress("script", 0.5)
         progress("script", 0.6)
         if isinstance(self._found, BaseException):
@@ -94,10 +117,12 @@ class Doctor:
 
 @pytest.fixture(autouse=True)
 def _own_signals() -> Iterator[None]:
-    """The command's way to end on SIGTERM is not the tests'."""
-    before = signal.getsignal(signal.SIGTERM)
+    """What becomes of signals in a command, or in one that it executes, is not the tests'."""
+    numbers = (*_commands.ENDING, *_launch._IGNORED)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, action in before.items():
+        signal.signal(number, action)
 
 
 @pytest.fixture
@@ -125,7 +150,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal a bar shows what goes on."""
     terminal = io.StringIO()
     console = Console(force_terminal=True, width=100, file=terminal)
-    monkeypatch.setattr(_commands, "Console", lambda **options: console)
+    monkeypatch.setattr("rich.console.Console", lambda **options: console)
     with _commands._progress() as progress:
         progress("def endpoint", 0.5)
     assert "def endpoint" in terminal.getvalue()
@@ -158,7 +183,10 @@ def test_json_on_standard_output(invoke: Doctor, tmp_path: Path) -> None:
 def test_json_in_a_file(invoke: Doctor, tmp_path: Path) -> None:
     """``--json FILE`` writes it beside the table; ``--no-html`` writes no report."""
     result = invoke("--json", "figures.json", "--no-html")
-    assert json.loads((tmp_path / "figures.json").read_text())["target"] == DIAGNOSIS.target
+    figures = (tmp_path / "figures.json").read_text()
+    assert json.loads(figures) == json.loads(json.dumps(as_json(DIAGNOSIS)))
+    # Many numbers are one line.
+    assert f'      "latencies": {json.dumps(DIAGNOSIS.arms[0].latencies)},\n' in figures
     assert result.stdout.endswith("written: figures.json\n")
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
@@ -185,6 +213,8 @@ def test_bad_options(invoke: Doctor, arguments: list[str], told: str) -> None:
     ("error", "code", "told"),
     [
         (TargetError("m has no 'Model'"), 2, "asgi-infer: m has no 'Model'"),
+        (TargetError("it said \x1b[2J"), 2, "asgi-infer: it said  [2J"),
+        (OSError(28, "No space left"), 2, "asgi-infer: [Errno 28] No space left"),
         (KeyboardInterrupt(), 130, "asgi-infer: interrupted: nothing is left running"),
     ],
 )
@@ -193,6 +223,30 @@ def test_ends(invoke: Doctor, error: BaseException, code: int, told: str) -> Non
     result = invoke(found=error)
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1] == told
+
+
+def test_a_package_that_is_missing(invoke: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the report needs is looked for before anything is measured."""
+    monkeypatch.delattr("asgi_infer.doctor._report", raising=False)
+    monkeypatch.setitem(sys.modules, "asgi_infer.doctor._report", None)
+    result = invoke()
+    assert result.exit_code == 1
+    assert result.stderr.endswith("pip install 'asgi-infer[doctor]'\n")
+    assert not invoke.asked
+
+
+@pytest.mark.parametrize("hangs_up", [signal.SIG_DFL, signal.SIG_IGN])
+def test_signals(invoke: Doctor, hangs_up: signal.Handlers) -> None:
+    """What ends a process ends the doctor with all that it started, but not what is ignored; and
+    afterwards all is as before."""
+    signal.signal(signal.SIGHUP, hangs_up)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    invoke("--no-html")
+    with pytest.raises(SystemExit, match="143"):
+        invoke.signals[signal.SIGTERM](signal.SIGTERM, None)
+    assert (invoke.signals[signal.SIGHUP] is signal.SIG_IGN) == (hangs_up is signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGHUP) is hangs_up
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # -- doctor, for real --------------------------------------------------------------------------
@@ -215,9 +269,13 @@ def test_a_real_diagnosis(tmp_path: Path) -> None:
 
 
 @on_linux
-@pytest.mark.parametrize(("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("by", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_an_interrupted_diagnosis(by: signal.Signals, code: int, tmp_path: Path) -> None:
-    """Ctrl-C and ``kill`` end it at once, with all that it started, in the middle of a call."""
+    """Ctrl-C, ``kill`` and a terminal that closes end it at once, with all that it started, in the
+    middle of a call.
+    """
     command = [*COMMAND, "doctor", *MODEL, "--call", "hang", "--no-html"]
     hangs = tmp_path / "hangs"
     environment = {**os.environ, "HANGS": str(hangs), "TMPDIR": str(tmp_path)}
@@ -247,7 +305,8 @@ def launched(*arguments: str, **environment: str) -> Any:
         timeout=50,
         capture_output=True,
         text=True,
-        env={**usual, **environment},
+        # On fast and slow cores this would be set as well.
+        env={**usual, "KMP_BLOCKTIME": "200", **environment},
     )
 
 
@@ -260,7 +319,16 @@ def test_run() -> None:
     assert result.stderr.splitlines() == [
         "asgi-infer: OMP_NUM_THREADS=3",
         "asgi-infer: OPENBLAS_NUM_THREADS=3",
+        "asgi-infer: MKL_NUM_THREADS=1 stays",
     ]
+
+
+@on_linux
+def test_signals_that_python_ignores() -> None:
+    """The command does not ignore them: what it writes to may end, and so does it."""
+    status = launched("--", "grep", "SigIgn", "/proc/self/status").stdout
+    ignored = int(status.split()[1], 16)
+    assert not ignored & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)
 
 
 class Run:
@@ -296,6 +364,13 @@ def test_what_is_executed(run: Run) -> None:
     assert command == ["env", "-0"]
     assert "mmap_max=0" in environment["GLIBC_TUNABLES"]
     assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_what_is_set_is_not_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked for, and is set otherwise, is said to stay."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "asgi-infer: OMP_NUM_THREADS=7 stays\n" in run("--threads", "3", "env").stderr
+    assert run.done[0][2]["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.parametrize(

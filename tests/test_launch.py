@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes.util
 import sys
+from pathlib import Path
 
 import pytest
 
-from asgi_infer._launch import LaunchError, executable, settings
+from asgi_infer._launch import LaunchError, executable, kept, settings
 from asgi_infer.native.cpu import CpuBudget
 
 BUDGET = CpuBudget(
@@ -80,8 +81,25 @@ def test_no_such_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
         settings({}, BUDGET, allocator="jemalloc", retain_memory=True)
 
 
-def test_commands() -> None:
-    """A command is found in PATH, or where it is said to be."""
+def test_what_was_asked_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is set otherwise than asked for is known; by default nothing is asked for."""
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: f"lib{name}.so.2")
+    environment = {"OMP_NUM_THREADS": "7", "MKL_NUM_THREADS": "3", "LD_PRELOAD": "x.so"}
+    assert kept(environment) == {}
+    assert kept(environment, threads=3, allocator="jemalloc") == {
+        "OMP_NUM_THREADS": "7",
+        "LD_PRELOAD": "x.so",
+    }
+
+
+def test_commands(tmp_path: Path) -> None:
+    """A command is found in PATH, or where it is said to be; why it is not is told, with the
+    code that shells have for it."""
     assert executable([sys.executable], None) == sys.executable
-    with pytest.raises(LaunchError, match="there is no command 'no-such-command'"):
+    with pytest.raises(LaunchError, match="there is no command 'no-such-command'") as missing:
         executable(["no-such-command"], None)
+    assert missing.value.code == 127
+    (tmp_path / "notes").touch()
+    with pytest.raises(LaunchError, match="notes is no program: chmod") as no_program:
+        executable(["notes"], str(tmp_path))
+    assert no_program.value.code == 126

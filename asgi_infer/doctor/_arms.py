@@ -94,14 +94,20 @@ def _script(setting: Setting, tick: Tick) -> Arm:
 
 
 def _server(setting: Setting, tick: Tick, *, key: str, **values: object) -> Arm:
-    with setting.child("serve", **values) as server:
+    with setting.child("serve", clients=setting.clients, **values) as server:
+
+        def look() -> None:
+            server.check()
+            tick()
+
         ready = server.ask(every=INTERVAL, meanwhile=tick, more=setting.allowance)
         job = {**ready, "path": _PATH, "clients": setting.clients}
         try:
             with setting.child("load", **job) as load:
-                load.ask(every=INTERVAL, meanwhile=tick, more=setting.allowance)
-                window = _Window(server, load, setting, tick)
-                result = load.ask()
+                load.ask(every=INTERVAL, meanwhile=look, more=setting.allowance)
+                window = _Window(server, load, setting, look)
+                # Calls that were under way at the end come to theirs first.
+                result = load.ask(every=INTERVAL, meanwhile=look, more=setting.allowance)
         except ChildFailed as error:
             raise server.error(str(error)) from None
         server.tell()
@@ -137,6 +143,7 @@ class _Window:
     ) -> Arm:
         """What was seen, and what the driver measured."""
         everything, model = self._watch.used(), self._watch.used(without=event_loop)
+        in_the_loop = key == "async-def"
         return Arm(
             key=key,
             title=TITLES.get(key) or f"InferenceRunner, threads={key.partition('-')[2]}",
@@ -153,4 +160,5 @@ class _Window:
             health=tuple(result.get("health", ())),
             threads=self._watch.traces({int(each): name for each, name in python.items()}),
             interval=INTERVAL,
+            model_cpu_seconds=everything.cpu if in_the_loop else model.cpu,
         )

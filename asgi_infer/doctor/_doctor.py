@@ -18,7 +18,7 @@ from ._results import Arm, Diagnosis, Finding
 from ._target import Target, TargetError
 from ._verdict import failed, findings
 
-_FEW = 40  # calls: three of them, where a throttled pool makes them ten times slower, and some
+_FEW = 60  # calls of each client: six, where a throttled pool makes them ten times slower
 _OVERHEAD = 3.0  # seconds that an arm takes on top of those that it is measured for
 
 Progress = Callable[[str, float], None]
@@ -59,6 +59,7 @@ def diagnose(
     """Measure a model in each way, each in a process of its own, and say what comes of it.
 
     :raises TargetError: it can't be measured, for a reason that the text tells
+    :raises OSError: the system has no room for a file or a process
     """
     with tempfile.TemporaryDirectory(prefix="asgi-infer-doctor-") as folder:
         setting = Setting(

@@ -11,7 +11,9 @@ from ._calls import FEWEST_CALLS, MOST_CALLS
 from ._channel import Channel
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CALLS_OF_EACH = 4  # so that those under way at the end are few beside those that count
 _PROBE_EVERY = 0.02
+_MOST_PROBES = 64  # under way at once
 _WARM_SECONDS = 0.3
 _CALLS_FOR_WARMTH = 2
 
@@ -49,10 +51,14 @@ async def _warm_up(clients: list[Connection], health: Probes) -> None:
 
 
 async def _measure(clients: list[Connection], health: Probes, seconds: float) -> ClosedLoop:
-    measured = ClosedLoop(clients, seconds=seconds, fewest=FEWEST_CALLS)
+    fewest = max(FEWEST_CALLS, _CALLS_OF_EACH * len(clients))
+    measured = ClosedLoop(clients, seconds=seconds, fewest=fewest)
     probing = asyncio.ensure_future(health.run())
     await measured.run()
     probing.cancel()
+    await asyncio.wait([probing])
+    if not probing.cancelled():
+        await probing  # which has failed
     return measured
 
 
@@ -181,9 +187,9 @@ class Probes:
     """Asks ``/health`` every 20 ms, whether or not the last answer has come.
 
     A prober that waited for its answers would ask a stalled server less often, and so see less
-    of what everybody else sees.
+    of what everybody else sees. When very many are under way, some are left out.
 
-    :ivar latencies: of each answer, in seconds
+    :ivar latencies: of each answer, in seconds since it was due to be asked for
     :ivar connections: as many as were under way at once
     """
 
@@ -192,30 +198,44 @@ class Probes:
         self._free: list[Connection] = []
         self.connections: list[Connection] = []
         self.latencies: list[float] = []
+        self._under_way = 0
 
     async def run(self) -> None:
-        """Ask until cancelled; what is then under way counts with the time that it took so far."""
-        under_way: dict[asyncio.Task[None], float] = {}
+        """Ask until cancelled; what is then under way counts with the time that it took so far.
+
+        :raises ConnectionError: a response is not the one that was asked for
+        """
         due = time.perf_counter()
-        self.latencies.clear()
         try:
-            while True:
-                task = asyncio.ensure_future(self.ask())
-                under_way[task] = time.perf_counter()
-                task.add_done_callback(under_way.pop)
-                due += _PROBE_EVERY
-                await asyncio.sleep(due - time.perf_counter())
+            async with asyncio.TaskGroup() as probes:
+                while True:
+                    if self._under_way < _MOST_PROBES:
+                        self._under_way += 1
+                        probes.create_task(self._probe(due))
+                    due += _PROBE_EVERY
+                    await asyncio.sleep(due - time.perf_counter())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _probe(self, due: float) -> None:
+        try:
+            await self.ask()
         finally:
-            now = time.perf_counter()
-            self.latencies += [now - start for start in under_way.values()]
-            for task in list(under_way):
-                task.cancel()
+            self.latencies.append(time.perf_counter() - due)
+            self._under_way -= 1
 
     async def ask(self) -> None:
-        """Ask once."""
-        if not self._free:
-            self._free.append(await connect(self._port, "/health"))
-            self.connections.append(self._free[-1])
-        connection = self._free.pop()
-        self.latencies.append(await connection.ask())
+        """Ask once.
+
+        :raises ConnectionError: the response is not the one that was asked for
+        """
+        if self._free:
+            connection = self._free.pop()
+        else:
+            connection = await connect(self._port, "/health")
+            self.connections.append(connection)
+        try:
+            await connection.ask()
+        except ConnectionError as error:
+            raise ConnectionError(f"/health: {error}") from None
         self._free.append(connection)

@@ -6,7 +6,7 @@ import platform
 import re
 from pathlib import Path
 
-from ..native import cpu, noise
+from ..native import cpu, noise, procfs
 from ..native._maps import mapped_files
 from ._results import Machine
 
@@ -44,6 +44,7 @@ def describe(loudest: noise.Noise, runtimes: tuple[str, ...]) -> Machine:
         stolen=loudest.stolen,
         noisy=loudest.busy,
         runtimes=runtimes,
+        counted=bool(procfs.all_thread_counters()),
     )
 
 

@@ -27,6 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PATH = "/predict"
+_QUEUE = 128  # the runner's default
 Endpoint = Callable[[], Awaitable[str] | str]
 
 
@@ -56,7 +57,7 @@ def application(job: dict[str, Any], target: Target, arguments: tuple[Any, ...])
         return "ok"
 
     if job["how"] == "runner":
-        endpoint = _on_runner(app, target, arguments, NativePolicy(**job["native"]))
+        endpoint = _on_runner(app, job, target, arguments)
     else:
         call = target.bind(target.make(), arguments)
         warm_up(call)
@@ -82,12 +83,8 @@ def _in_the_loop(call: Callable[[], object]) -> Endpoint:
 
 
 def _in_an_executor(call: Callable[[], object]) -> Endpoint:
-    executor = ThreadPoolExecutor(1, "executor")
-
     async def predict() -> str:
-        loop = asyncio.get_running_loop()
-        loop.set_default_executor(executor)  # which ends with the loop
-        await loop.run_in_executor(None, call)
+        await asyncio.get_running_loop().run_in_executor(None, call)  # the server's
         return "ok"
 
     return predict
@@ -101,12 +98,14 @@ ENDPOINTS = {
 
 
 def _on_runner(
-    app: FastAPI, target: Target, arguments: tuple[Any, ...], native: NativePolicy
+    app: FastAPI, job: dict[str, Any], target: Target, arguments: tuple[Any, ...]
 ) -> Endpoint:
     runner = InferenceRunner(
-        _noting_failure(app, target.make),
+        # Imported here, on the main thread, as an application imports the names that it uses.
+        _noting_failure(app, target.factory()),
         warmup=_noting_failure(app, lambda model: warm_up(target.bind(model, arguments))),
-        native=native,
+        max_queue=max(_QUEUE, job["clients"]),
+        native=NativePolicy(**job["native"]),
     )
     app.add_middleware(InferenceMiddleware, runner=runner)
     reference = runner.model
@@ -142,6 +141,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn does, and say so."""
+        executor = ThreadPoolExecutor(1, "executor")  # whose thread starts with its first call
+        asyncio.get_running_loop().set_default_executor(executor)  # it ends with the loop
         await super().startup(sockets)
         if self.started and sockets:  # pragma: no branch  # the latest uvicorn raises SystemExit
             asyncio.get_running_loop().add_reader(self._channel.reader, self._told)

@@ -45,9 +45,15 @@ class Target:
 
         :raises TargetError: there is nothing to make it with, or that fails
         """
-        factory = self._factory()
-        model = _attempt(f"{self.model}()", factory, self.app_dir)
-        return _finished(model, f"{self.model}()")
+        return self.factory()()
+
+    def factory(self) -> Callable[[], Any]:
+        """What makes the model, found and imported here and now: its calls may raise as well.
+
+        :raises TargetError: there is nothing to make it with
+        """
+        factory, name = self._factory(), f"{self.model}()"
+        return lambda: _finished(_attempt(name, factory, self.app_dir), name)
 
     def function(self, model: Any) -> Callable[..., Any]:
         """What is called.
@@ -202,17 +208,20 @@ def _attribute(owner: Any, path: str, name: str) -> Any:
         try:
             owner = getattr(owner, part)
         except AttributeError:
-            names = [each for each in dir(owner) if not each.startswith("_")]
-            if isinstance(owner, ModuleType):
-                names = [each for each in names if _is_of(owner, each)]
+            names = _own_names(owner) if isinstance(owner, ModuleType) else dir(owner)
+            names = [each for each in names if not each.startswith("_")]
             raise TargetError(f"{name} has no {part!r}{_among(names, part)}") from None
         name = f"{name}.{part}"
     return owner
 
 
-def _is_of(module: ModuleType, name: str) -> bool:
-    """Whether a name of a module is more than something that the module imports."""
-    value = getattr(module, name)
+def _own_names(module: ModuleType) -> list[str]:
+    """Those of a module that are there, of which a lazy package has more."""
+    return sorted(name for name, value in vars(module).items() if _is_of(module, value))
+
+
+def _is_of(module: ModuleType, value: Any) -> bool:
+    """Whether a value in a module is more than something that the module imports."""
     if inspect.isclass(value) or inspect.isroutine(value):
         return value.__module__ == module.__name__
     return not isinstance(value, ModuleType)

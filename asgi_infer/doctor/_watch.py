@@ -11,6 +11,7 @@ from ..native.procfs import ThreadCounters
 from ._results import ThreadTrace
 
 INTERVAL = 0.1
+_SHORTEST = 1e-6  # seconds: an interval has some length
 _WORTH_SHOWING = 0.01  # of one CPU, in at least one interval
 
 
@@ -29,7 +30,8 @@ class Used:
 class Watch:
     """Counts what each thread of a process uses, from its making on.
 
-    A thread that ends counts with what was seen of it last.
+    A thread that ends counts with what was seen of it last: what it used from then on is missed,
+    and one that starts and ends between two looks is missed altogether.
     """
 
     def __init__(self, pid: int) -> None:
@@ -41,10 +43,11 @@ class Watch:
     def tick(self) -> None:
         """An interval is over."""
         now, counters = time.perf_counter(), procfs.all_thread_counters(self._pid)
-        seconds = now - self._time
+        seconds = max(now - self._time, _SHORTEST)
+        # Below nothing where the number of a thread that has ended is another's now.
         self._shares.append(
             {
-                native_id: min(1.0, (each.on_cpu - self._on_cpu(native_id)) / seconds)
+                native_id: max(0.0, min(1.0, (each.on_cpu - self._on_cpu(native_id)) / seconds))
                 for native_id, each in counters.items()
             }
         )
@@ -65,7 +68,8 @@ class Watch:
             total = 0.0
             for native_id, last in self._last.items():
                 if native_id != without:
-                    total += getattr(last, field) - getattr(self._first.get(native_id), field, 0)
+                    first = getattr(self._first.get(native_id), field, 0)
+                    total += max(0, getattr(last, field) - first)
             return total
 
         return Used(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-import resource
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .cpu import IMPORT_AFFINITY
+
 _PRESSURE = Path("/proc/pressure/cpu")
 _STAT = Path("/proc/stat")
-_TICKS = os.sysconf("SC_CLK_TCK")
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+_CPUS = tuple(f"cpu{number}" for number in IMPORT_AFFINITY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,9 +23,9 @@ class Noise:
     pressure: float
     """The share of a quiet moment in which somebody waited for a CPU."""
     others: float
-    """CPUs that other processes kept busy."""
+    """CPUs that other processes kept busy, of those that this one may use."""
     stolen: float
-    """CPUs that the host of a virtual machine took away."""
+    """CPUs, of the same, that the host of a virtual machine took away."""
 
     @property
     def busy(self) -> bool:
@@ -75,18 +78,29 @@ def stalled() -> float:
 def _machine_cpu() -> tuple[float, float]:
     """CPU seconds that processes used, and that were stolen, since the machine started.
 
-    Interrupts are left out: those of our own traffic belong to nobody.
+    Of the CPUs that this process may use. Interrupts are left out: those of our own traffic
+    belong to nobody.
     """
     try:
-        fields = _STAT.read_text().splitlines()[0].split()[1:]
+        lines = _STAT.read_text().splitlines()
     except OSError:
         return 0.0, 0.0  # not Linux
-    user, nice, system, _idle, _iowait, _irq, _softirq, steal = map(int, fields[:8])
-    return (user + nice + system) / _TICKS, steal / _TICKS
+    counts = {name: rest.split() for name, _, rest in (line.partition(" ") for line in lines)}
+    busy = stolen = 0
+    # Some containers number their CPUs anew: then all of them count, in the first line.
+    for fields in [counts[cpu] for cpu in _CPUS if cpu in counts] or [counts["cpu"]]:
+        user, nice, system, _idle, _iowait, _irq, _softirq, steal = map(int, fields[:8])
+        busy += user + nice + system
+        stolen += steal
+    return busy / _TICKS, stolen / _TICKS
 
 
 def _own_cpu() -> float:
     """CPU seconds that this process used, and the children it has waited for."""
+    if sys.platform == "win32":  # pragma: no cover  # where the machine's are not known either
+        return 0.0
+    import resource  # which Windows has not
+
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     usages = [resource.getrusage(each) for each in whose]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+from asgi_infer.native import cpu
+
 REGIONS = 50
 
 lock = threading.Lock()
@@ -148,22 +150,28 @@ class Tired:
 
 
 class CrashOffMain:
-    """Takes its process down on any other thread."""
+    """Takes its process down on any other thread, but not what that has forked."""
 
     def predict(self, rows: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
+            if os.fork() == 0:
+                time.sleep(1000)
             os.kill(os.getpid(), signal.SIGSEGV)
 
 
 class Regions:
-    """Parallel regions on GNU OpenMP, which do nothing but wait for each other."""
+    """Parallel regions on GNU OpenMP, which do nothing but wait for each other.
+
+    Of as many threads as there are CPUs: with a second pool there are more, which throttles both.
+    """
 
     def __init__(self) -> None:
         from tests.native import gomp
 
         self._run = gomp.run_region
-        self._run(2)
+        self._threads = max(2, len(cpu.IMPORT_AFFINITY))
+        self._run(self._threads)
 
     def predict(self) -> None:
         for _ in range(REGIONS):
-            self._run(2)
+            self._run(self._threads)

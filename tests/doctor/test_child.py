@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from asgi_infer.doctor import _calls, _load
+from asgi_infer.doctor import _calls, _load, _server
 from asgi_infer.doctor._child import play
+from asgi_infer.doctor._target import Target
 
 from . import models
 from .channels import Parent, played
@@ -48,6 +49,7 @@ def job(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "target": target,
             "sample": str(sample),
             "seconds": 0.05,
+            "clients": 2,
             **values,
         }
 
@@ -90,7 +92,7 @@ def test_a_failure_is_answered(job: Callable[..., dict[str, Any]], call: str) ->
 
 def measure(port: int, job: dict[str, Any]) -> dict[str, Any]:
     """What the clients of a server see."""
-    with of({**job, "role": "load", "port": port, "path": "/predict", "clients": 2}) as load:
+    with of({**job, "role": "load", "port": port, "path": "/predict"}) as load:
         first = load.ask()
         if "error" in first:
             return first
@@ -123,6 +125,43 @@ def test_serve(
     assert result["seconds"] > 0
     assert result["health"]
     assert thread in threads.values()
+
+
+@pytest.mark.parametrize(("clients", "room"), [(1, 128), (500, 500)])
+def test_every_client_has_room_in_the_queue(clients: int, room: int) -> None:
+    """The runner refuses no call, however many clients there are."""
+    job = {"how": "runner", "native": {}, "clients": clients}
+    target = Target(model=f"{models.__name__}:Model", call="predict", app_dir=ROOT)
+    app = _server.application(job, target, ())
+    runner: Any = app.user_middleware[0].kwargs["runner"]
+    assert runner._max_queue == room
+
+
+IMPORTED = """
+import threading
+
+threads = [threading.current_thread().name]
+
+class Model:
+    def __init__(self):
+        threads.append(threading.current_thread().name)
+
+    def predict(self, rows):
+        pass
+"""
+
+
+def test_the_module_is_imported_before_the_runner_starts(
+    job: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an application: on the main thread; the runner's makes the model and no more."""
+    (tmp_path / "imported_first.py").write_text(IMPORTED)
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    there = {"model": "imported_first:Model", "call": "predict", "app_dir": str(tmp_path)}
+    with of({**job("serve", how="runner", native={}), "target": there}) as server:
+        server.ask()
+        imported, made = sys.modules["imported_first"].threads
+    assert (imported == "inference", made) == (False, "inference")
 
 
 def test_a_model_that_the_runner_can_not_load(job: Callable[..., dict[str, Any]]) -> None:

@@ -53,7 +53,8 @@ def test_every_arm_is_measured(diagnosis: Diagnosis) -> None:
     assert [arm.key for arm in diagnosis.sweep] == ["threads-1"]
     for arm in (*diagnosis.arms, *diagnosis.sweep):
         assert arm.calls >= 3
-        assert arm.cpu_seconds > 0
+        assert 0 < arm.model_cpu_seconds <= arm.cpu_seconds
+        assert (arm.model_cpu_seconds == arm.cpu_seconds) == (arm.key == "script")
         assert arm.seconds >= 0.3
         assert len(arm.threads[0].cpu) >= 2
         assert arm.threads[0].python == "MainThread"
@@ -69,9 +70,12 @@ def test_the_machine_is_described(diagnosis: Diagnosis) -> None:
 def test_an_arm_that_fails_is_left_out() -> None:
     """The others are measured; why it failed is among what is found."""
     told: list[tuple[str, float]] = []
-    options = Options(seconds=0.05, arms=("script", "def", "runner"), sweep=False)
+    arms = ("script", "def", "async-def", "runner")
+    options = Options(seconds=0.05, arms=arms, sweep=False)
     found = diagnose(target("OnMain"), options, lambda what, done: told.append((what, done)))
-    assert [arm.key for arm in found.arms] == ["script"]
+    assert [arm.key for arm in found.arms] == ["script", "async-def"]
+    # Here the event loop's thread is the model's.
+    assert all(arm.model_cpu_seconds == arm.cpu_seconds > 0 for arm in found.arms)
     headlines = [finding.headline for finding in found.findings if finding.key == "failed"]
     assert headlines[0].startswith("def endpoint: the server answered 'HTTP/1.1 500 ")
     assert headlines[0].endswith("; its last words: RuntimeError: only on the main thread")
@@ -83,7 +87,8 @@ def test_an_arm_that_fails_is_left_out() -> None:
 
 
 def test_no_arm_is_left() -> None:
-    """Where all fail, that is the answer: it names the arm, and how it ended."""
+    """Where all fail, that is the answer: it names the arm, and how it ended, though something
+    that it has forked keeps the connections of its clients open."""
     options = Options(seconds=0.05, arms=("def",), sweep=False)
     with pytest.raises(TargetError, match=r"^def endpoint: the process was killed by SIGSEGV"):
         diagnose(target("CrashOffMain"), options)

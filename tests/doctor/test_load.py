@@ -11,7 +11,7 @@ import pytest
 from asgi_infer.doctor import _load
 from asgi_infer.doctor._load import ClosedLoop, Connection, Probes, is_whole
 
-from ..polling import until
+from ..polling import some_turns, until
 
 RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbody"
 
@@ -134,4 +134,58 @@ def test_probes_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
     probes = served(use, Silent)
     assert len(probes.latencies) >= 4
-    assert probes.latencies == sorted(probes.latencies, reverse=True)
+    assert max(probes.latencies) >= 0.005 * (len(probes.latencies) - 1)
+
+
+def test_only_so_many_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not answer is not buried under questions."""
+    monkeypatch.setattr(_load, "_PROBE_EVERY", 0.0)
+    monkeypatch.setattr(_load, "_MOST_PROBES", 3)
+
+    async def use(port: int) -> Probes:
+        probes = Probes(port)
+        probing = asyncio.ensure_future(probes.run())
+        await until(lambda: len(probes.connections) == 3)
+        await some_turns()
+        probing.cancel()
+        await asyncio.wait([probing])
+        for connection in probes.connections:
+            connection.close()
+        return probes
+
+    probes = served(use, Silent)
+    assert (len(probes.latencies), len(probes.connections)) == (3, 3)
+
+
+class Unwell(Server):
+    """Answers calls, and is not well."""
+
+    def data_received(self, data: bytes) -> None:
+        if b"/health" in data:
+            self._transport.write(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n")
+        else:
+            super().data_received(data)
+
+
+async def measure(port: int, *, seconds: float) -> ClosedLoop:
+    """With three clients."""
+    clients, health = await clients_of(port, 3), Probes(port)
+    try:
+        loop = await _load._measure(clients, health, seconds)
+        await loop.rest()
+        return loop
+    finally:
+        for connection in [*clients, *health.connections]:
+            connection.close()
+
+
+def test_a_server_that_is_not_well() -> None:
+    """A ``/health`` that fails is a failure, and not a figure that is missing."""
+    with pytest.raises(ConnectionError, match=r"^/health: the server answered 'HTTP/1\.1 503"):
+        served(lambda port: measure(port, seconds=0.05), Unwell)
+
+
+def test_every_client_makes_some_calls() -> None:
+    """However short the time: those that are cut off at its end are few beside them."""
+    loop = served(lambda port: measure(port, seconds=0.0))
+    assert len(loop.latencies) == 12

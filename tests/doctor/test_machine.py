@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from asgi_infer.doctor import _machine
-from asgi_infer.native import cpu
+from asgi_infer.native import cpu, procfs
 from asgi_infer.native.noise import Noise
+
+from ..conftest import ON_LINUX
 
 MAPS = """\
 7f00-7f01 r-xp 00000000 08:01 1 /usr/lib/x86_64-linux-gnu/libc.so.6
@@ -49,3 +51,10 @@ def test_description(pressure: float) -> None:
     assert machine.runtimes == ("libgomp",)
     assert machine.python == platform.python_version()
     assert machine.cpus == len(cpu.budget().cpus)
+    assert machine.counted == ON_LINUX
+
+
+def test_where_threads_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures that are all zero there are known to be none."""
+    monkeypatch.setattr(procfs, "all_thread_counters", dict)
+    assert not _machine.describe(Noise(pressure=0.0, others=0.0, stolen=0.0), ()).counted

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -79,14 +81,18 @@ def test_a_child_that_does_not_end_by_itself(
     assert not psutil.pid_exists(hanging.pid)
 
 
-BROKEN = "import os, sys; sys.stderr.write('one\\nlast words\\n'); {}"
+BROKEN = "import os, sys; sys.stderr.write('one\\nthe end\\n'); {}"
 
 
 @pytest.mark.parametrize(
     ("ending", "told"),
     [
-        ("sys.exit(7)", "the process ended with status 7; its last words: last words"),
+        ("sys.exit(7)", "the process ended with status 7; its last words: the end"),
         ("os.close(1); import time; time.sleep(60)", "the process closed its output"),
+        (
+            "os.kill(os.getpid(), 9)",
+            "the process was killed by SIGKILL, perhaps out of memory; its last words: the end",
+        ),
     ],
 )
 def test_another_end(
@@ -99,6 +105,87 @@ def test_another_end(
     with child(tmp_path, "predict") as broken, pytest.raises(ChildError) as caught:
         broken.ask()
     assert str(caught.value) == told
+
+
+def test_only_the_end_of_what_it_wrote_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much a child writes, its last words are among the last bytes."""
+    monkeypatch.setattr(_process, "_TAIL", 4)
+    monkeypatch.setattr(_process, "_COMMAND", [sys.executable, "-c", BROKEN.format("")])
+    with child(tmp_path, "predict") as broken, pytest.raises(ChildError, match=r"words: end$"):
+        broken.ask()
+
+
+FORKS = """
+import os, sys, time
+forked = os.fork()
+if not forked:
+    time.sleep(60)
+sys.stderr.write(str(forked))
+sys.stderr.flush()
+os._exit(7)
+"""
+
+
+def test_a_crash_while_what_it_forked_lives_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end is noticed though the channel stays open, and what was forked is ended too."""
+    monkeypatch.setattr(_process, "_COMMAND", [sys.executable, "-c", FORKS])
+    with child(tmp_path, "predict") as forking, pytest.raises(ChildError) as caught:
+        forking.ask(every=0.01)
+    told = re.fullmatch(
+        r"the process ended with status 7; its last words: (\d+)", str(caught.value)
+    )
+    assert told is not None
+    until_true(lambda: gone(int(told[1])))
+
+
+def test_an_answer_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said in time is not lost by looking whether the child is still there."""
+    program = [sys.executable, "-c", "print('{\"said\": 1}')"]
+    monkeypatch.setattr(_process, "_COMMAND", program)
+    with child(tmp_path, "predict") as brief:
+        until_true(brief._has_ended)
+        brief.check()
+        assert brief.ask() == {"said": 1}
+        with pytest.raises(ChildError, match="the process ended with status 0"):
+            brief.check()
+
+
+def test_an_interrupt_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that has just been started is ended as well."""
+
+    def interrupted(self: Child, **values: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Child, "tell", interrupted)
+    starting = child(tmp_path, "hang")
+    with pytest.raises(KeyboardInterrupt), starting:
+        pass
+    assert not psutil.pid_exists(starting.pid)
+
+
+def test_time_that_has_passed_is_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a stall the next interval ends when it would have, and those missed are left out."""
+    now, ticks = [0.0], []
+
+    def nothing_for(seconds: float) -> bool:
+        now[0] += max(0.0, seconds)
+        return False
+
+    def tick() -> None:
+        ticks.append(now[0])
+        now[0] += 0.5 if len(ticks) == 1 else 0.0
+
+    waiting = Child({}, patience=1.0)
+    monkeypatch.setattr(_process, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(waiting, "_readable", nothing_for)
+    monkeypatch.setattr(waiting, "check", lambda: None)
+    with pytest.raises(ChildError, match="hung"):
+        waiting.ask(every=0.125, meanwhile=tick)
+    assert ticks == [0.125, 0.75, 0.875]
 
 
 PARENT = """

@@ -177,6 +177,28 @@ def test_no_such_module(app_dir: Path, model: str, told: str) -> None:
         assert str(caught.value).endswith(f"({app_dir / model.partition(':')[0]}.py:1)")
 
 
+LAZY = """
+def __dir__():
+    return ["Heavy", "Model"]
+
+def __getattr__(name):
+    if name == "Heavy":
+        raise OSError("loaded")
+    raise AttributeError(name)
+
+class Model: pass
+"""
+
+
+def test_nothing_is_loaded_to_offer_a_name(app_dir: Path) -> None:
+    """Of a package that loads lazily, only what is there already is offered."""
+    (app_dir / "lazymodel.py").write_text(LAZY)
+    there = Target(model="lazymodel:Modle", app_dir=str(app_dir))
+    there.enter()
+    with pytest.raises(TargetError, match="has no 'Modle'; did you mean 'Model'"):
+        there.make()
+
+
 def test_an_empty_directory_offers_nothing(app_dir: Path) -> None:
     """Where there is no module at all, none is named."""
     there = Target(model="modelthere:Model", app_dir=str(app_dir))

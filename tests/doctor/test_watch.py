@@ -97,6 +97,25 @@ def test_the_picture(seen: Seen) -> None:
     assert [trace.cpu for trace in watch.traces({})] == [(0.1,), (1.0,), (0.5,)]
 
 
+def test_a_number_that_is_another_threads_now(seen: Seen) -> None:
+    """What has shrunk was another thread's: it counts as nothing, and not against the others."""
+    seen({1: IDLE, 2: used(0.5, switches=5)})
+    watch = Watch(1)
+    seen({1: used(0.25, switches=1), 2: IDLE})
+    watch.tick()
+    watch.stop()
+    assert (watch.used().cpu, watch.used().voluntary) == (0.25, 1)
+    assert [trace.cpu for trace in watch.traces({})] == [(0.5,)]
+
+
+def test_no_time_at_all(seen: Seen) -> None:
+    """An interval without a length is none to fail over."""
+    seen({1: IDLE})
+    watch = Watch(1)
+    watch.stop()
+    assert watch.traces({})[0].cpu == (0.0,)
+
+
 @pytest.mark.skipif(not ON_LINUX, reason="there is no /proc elsewhere")
 def test_a_real_process() -> None:
     """A watched process has a main thread of this name, and a thread that works is seen."""

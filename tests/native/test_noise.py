@@ -14,10 +14,18 @@ from asgi_infer.native.noise import Noise, NoiseMeter, quiet_moment, stalled
 HOUR = 3600.0
 
 
-def machine(path: Path, *, user: int = 0, nice: int = 0, system: int = 0, steal: int = 0) -> None:
-    """Write what Linux says of the machine; the idle and interrupt fields are never nothing."""
-    fields = [user, nice, system, 99999, 88888, 77777, 66666, steal, 0, 0]
-    path.write_text(f"cpu  {' '.join(map(str, fields))}\ncpu0 1 1 1 1 1 1 1 1 1 1\nintr 5\n")
+def machine(path: Path, *, elsewhere: int = 0, **ours: int) -> None:
+    """Write what Linux says of the machine; the idle and interrupt fields are never nothing.
+
+    :param elsewhere: on a CPU that is not ours
+    :param ours: ``user``, ``nice``, ``system`` and ``steal``, on two that are
+    """
+    user, nice, system, steal = (
+        ours.get(name, 0) // 2 for name in ("user", "nice", "system", "steal")
+    )
+    half = f"{user} {nice} {system} 99999 88888 77777 66666 {steal} 0 0"
+    other = f"{elsewhere} 1 1 1 1 1 1 {elsewhere} 1 1"
+    path.write_text(f"cpu  {other}\ncpu0 {half}\ncpu1 {other}\ncpu2 {half}\nintr 5\n\n")
 
 
 @pytest.fixture
@@ -27,6 +35,7 @@ def stat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     machine(path)
     monkeypatch.setattr(noise, "_STAT", path)
     monkeypatch.setattr(noise, "_TICKS", 100)
+    monkeypatch.setattr(noise, "_CPUS", ("cpu0", "cpu2"))
     return path
 
 
@@ -66,6 +75,22 @@ def test_stolen_time_is_noise_of_its_own(stat: Path) -> None:
     read = meter.read()
     assert (read.others, read.pressure) == (0.0, 0.03)
     assert read.stolen > 0.1
+
+
+def test_other_cpus_are_no_matter_of_ours(stat: Path) -> None:
+    """What is done on CPUs that this process may not use does not disturb it."""
+    meter = NoiseMeter()
+    machine(stat, elsewhere=360_000)
+    read = meter.read()
+    assert (read.others, read.stolen) == (0.0, 0.0)
+
+
+def test_cpus_under_other_numbers(stat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none of ours is listed, all count."""
+    monkeypatch.setattr(noise, "_CPUS", ("cpu7",))
+    meter = NoiseMeter()
+    machine(stat, elsewhere=360_000)
+    assert meter.read().busy
 
 
 def test_a_child_counts_as_ours_once_it_has_been_waited_for() -> None:
