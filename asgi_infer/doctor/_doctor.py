@@ -77,7 +77,10 @@ def diagnose(
         measured, beside, failures = _measure(setting, options, progress)
     machine = describe(_loudest([quiet, *beside]), tried.runtimes)
     subject = Subject(
-        target=target, sample_is_made=tried.sample_is_made, threads=cpu.budget().threads
+        target=target,
+        sample_is_made=tried.sample_is_made,
+        threads=cpu.budget().threads,
+        clients=options.clients,
     )
     arms = tuple(arm for arm in measured if arm.key in TITLES)
     sweep = tuple(arm for arm in measured if arm.key not in TITLES)
