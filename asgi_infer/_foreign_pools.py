@@ -110,9 +110,9 @@ class ForeignPools:
         average = self._usage.switches_per_call
         _, foreign = native_threads(self.name)
         self._usage.foreign_threads = len(foreign)
-        if self._release is None and average >= 2 * self._usual_switches + 1:
-            if self._harmless is not None:
-                self._look(func)
+        more = self._harmless is not None and average >= 2 * self._usual_switches + 1
+        if more and self._release is None:
+            self._look(func)
         elif not self.alert and average < SLEEPY / 4:
             self._harmless = foreign
             self._usual_switches = average

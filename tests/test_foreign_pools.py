@@ -178,6 +178,16 @@ def test_few_sleeps_as_usual(kernel: Kernel) -> None:
     assert kernel.released == 0
 
 
+def test_a_few_more_sleeps_than_usual(kernel: Kernel) -> None:
+    """What is no sign, and not well either, teaches nothing."""
+    kernel.look(4.0)
+    kernel.stray(on_loop=False)
+    kernel.look(8.0)
+    kernel.call(5)
+    kernel.look(8.0)
+    assert kernel.pools._harmless == OTHERS
+
+
 def test_asks_every_loop(kernel: Kernel) -> None:
     """The pool may be that of the loop that started the runner, wherever the calls come from."""
     kernel.port = RecordingPort(ended=True)  # that of callers without a loop, for one
@@ -293,6 +303,17 @@ def test_owned_by_another_thread(kernel: Kernel, log: Log) -> None:
     (line,) = log()
     assert line.startswith("predict goes to sleep 650 times in a call, and did not before")
     assert threading.main_thread().name in line
+
+
+def test_second_pool_that_can_not_be_given_back(kernel: Kernel, log: Log) -> None:
+    """One line is enough, however many threads there are that own pools."""
+    kernel.look(0.0)
+    kernel.stray(on_loop=False)
+    kernel.call(100)
+    kernel.foreign |= {next(kernel.new_ids)}
+    kernel.call(100)
+    assert kernel.released == 2
+    assert len(log()) == 1
 
 
 def test_it_passed_by_itself(kernel: Kernel, log: Log) -> None:

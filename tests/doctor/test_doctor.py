@@ -32,11 +32,16 @@ def target(model: str, sample: str | None = "row") -> Target:
 
 @pytest.fixture(scope="module")
 def diagnosis() -> Diagnosis:
-    """Of a model on GNU OpenMP, with a thread sweep of one step."""
+    """Of a model on GNU OpenMP, with a thread sweep of one step; where others are busy, the third
+    attempt at the latest: a pool that loses its CPUs to them sleeps as well, everywhere."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_doctor, "sweep_counts", lambda: [1])
         options = Options(seconds=0.3, arms=("script", "def", "runner"))
-        return diagnose(target("Regions", None), options)
+        for _ in range(3):
+            found = diagnose(target("Regions", None), options)
+            if not found.machine.noisy:
+                break
+        return found
 
 
 def test_two_pools_are_found(diagnosis: Diagnosis) -> None:
