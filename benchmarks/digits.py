@@ -13,7 +13,10 @@ from ._served import METRICS, figure, server
 TITLE = "HistGradientBoosting, 200 digits a call, model also warmed up on main"
 _MANY, _ONE = Load(connections=8, model="digits"), Load(connections=1, model="digits")
 
-_NICENESS = {f"nice {nice}": server(_MANY, "runner", "--nice", str(nice)) for nice in (0, 5, 10)}
+_NICENESS: dict[str, Callable[[Scale], Sample]] = {
+    "script": lambda scale: script("digits", scale),
+    **{f"nice {nice}": server(_MANY, "runner", "--nice", str(nice)) for nice in (0, 5, 10)},
+}
 
 
 def _beside_another(measure: Callable[[Scale], Sample]) -> Callable[[Scale], Sample]:
@@ -29,10 +32,7 @@ def _beside_another(measure: Callable[[Scale], Sample]) -> Callable[[Scale], Sam
     return step
 
 
-_BESIDE = {
-    "script": _beside_another(lambda scale: script("digits", scale)),
-    **{arm: _beside_another(measure) for arm, measure in _NICENESS.items()},
-}
+_BESIDE = {arm: _beside_another(measure) for arm, measure in _NICENESS.items()}
 _POOLS = {"given back": server(_MANY, "runner"), "kept": server(_MANY, "runner", "--keep-pool")}
 
 _AGAINST_SCRIPT = Comparison("calls", "runner", "script", at_least=0.95)
