@@ -37,6 +37,7 @@ def test_spinning(quota: float | None, added: dict[str, str]) -> None:
 
 
 OURS = {
+    "glibc.malloc.arena_max=1",
     "glibc.malloc.trim_threshold=9223372036854775807",
     "glibc.malloc.mmap_max=0",
     "glibc.malloc.top_pad=67108864",
@@ -44,7 +45,7 @@ OURS = {
 
 
 def test_memory_is_kept() -> None:
-    """The tunables of glibc are those of ``retain_memory``; the user's own come first."""
+    """The tunables of glibc are those of ``retain_memory`` and one heap; the user's own come first."""
     environment: dict[str, str] = dict.fromkeys(COUNTS, "1")
     assert set(settings(environment, BUDGET, retain_memory=True)["GLIBC_TUNABLES"].split(":")) == (
         OURS
