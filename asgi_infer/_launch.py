@@ -17,7 +17,7 @@ from .native import cpu
 # Never OMP_PROC_BIND or GOMP_CPU_AFFINITY: these bind the thread that loads a library to one CPU.
 _COUNTS: tuple[str, ...] = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
-# What asgi_infer.native.memory sets with mallopt, as glibc's tunables; and one heap for all threads,
+# What asgi_infer.native.memory sets with mallopt, as glibc's tunables; and one heap for all,
 # which has no limit of 64 MiB. That can only be had before there are threads.
 _TUNABLES = {
     "glibc.malloc.arena_max": 1,

@@ -45,7 +45,7 @@ OURS = {
 
 
 def test_memory_is_kept() -> None:
-    """The tunables of glibc are those of ``retain_memory`` and one heap; the user's own come first."""
+    """The tunables are those of ``retain_memory``, and one heap; the user's own come first."""
     environment: dict[str, str] = dict.fromkeys(COUNTS, "1")
     assert set(settings(environment, BUDGET, retain_memory=True)["GLIBC_TUNABLES"].split(":")) == (
         OURS
