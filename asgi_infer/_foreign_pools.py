@@ -36,7 +36,9 @@ _MOST_PATIENCE = 24  # however often it happens: when the strays end, the model 
 _CALM = 50  # calls without a sign, after which the patience is as at first
 _ANSWER_LIMIT = 1.0  # seconds for loops to answer in; one may stand still, or be closed
 
-_watched: weakref.WeakSet[ForeignPools] = weakref.WeakSet()  # guarded by the GIL
+# All of this process. Appended to by each inference thread, removed from by the collector; whoever
+# looks through it takes a copy first, which is atomic.
+_watched: list[weakref.ref[ForeignPools]] = []
 
 
 def native_threads(name: str) -> tuple[set[int], set[int]]:
@@ -64,15 +66,19 @@ class ForeignPools:
 
     :param name: the runner's
     :param usage: where it is noted what was found and done
+    :param threads: how many native threads a parallel region of the model's has at the most
     :param home: the event loop that the runner was started on, if there was one
     :ivar alert: whether calls without a sign of throttling are of interest as well
     """
 
-    def __init__(self, name: str, usage: Usage, home: Port | None = None) -> None:
+    def __init__(self, name: str, usage: Usage, *, threads: int, home: Port | None = None) -> None:
         self.alert = False
         self.name = name
+        self.threads = threads
         self._usage = usage
-        self._ports = weakref.WeakSet[Port](() if home is None else (home,))  # loops to ask
+        self._ports: set[weakref.ref[Port]] = set()  # loops to ask
+        if home is not None:
+            self._ports.add(weakref.ref(home))
         self._harmless: set[int] | None = None  # foreign threads while calls were well
         self._usual_switches = 0.0  # of a call then
         self._candidates: set[int] = set()  # foreign threads at the look before
@@ -81,7 +87,7 @@ class ForeignPools:
         self._calm = 0  # calls in a row that did not
         self._release: _Release | None = None  # under way, on those loops
         self._in_vain: set[int] = set()  # threads that are no loop's to give back
-        _watched.add(self)
+        _watched.append(weakref.ref(self, _watched.remove))
 
     def note(self, func: str, port: Port, switches: int) -> None:
         """A call of ``func`` has ended in which the thread went to sleep ``switches`` times."""
@@ -93,42 +99,46 @@ class ForeignPools:
         else:
             self._calm = 0
             self._sleepy += 1
-            self._ports.add(port)
+            self._ports.add(weakref.ref(port))
             if self._sleepy == self._patience - 1:
                 self._candidates = native_threads(self.name)[1]
             elif self._sleepy >= self._patience:
                 self._sleepy = 0
                 self._patience = min(2 * self._patience, _MOST_PATIENCE)
-                self._look(func)
+                self._look(func, f"{switches} times")
 
     def look(self, func: str, port: Port) -> None:
         """Now and then: learn what is there while calls are well; find what slows them a little.
 
         A call of few parallel regions sleeps a few times only, and is slower all the same.
         """
-        self._ports.add(port)
+        self._ports.add(weakref.ref(port))
         average = self._usage.switches_per_call
         _, foreign = native_threads(self.name)
         self._usage.foreign_threads = len(foreign)
         more = self._harmless is not None and average >= 2 * self._usual_switches + 1
         if more and self._release is None:
-            self._look(func)
+            self._look(func, "again and again")
         elif not self.alert and average < SLEEPY / 4:
             self._harmless = foreign
             self._usual_switches = average
         self._candidates = foreign
 
-    def _look(self, func: str) -> None:
+    def _look(self, func: str, slept: str) -> None:
         ours, foreign = native_threads(self.name)
         self._usage.foreign_threads = len(foreign)
+        self._in_vain &= foreign  # the kernel gives ids anew
+        if not ours:  # nothing of the model's to throttle
+            return
         # Those that were there before, too: a thread that has only just started, or is about to
         # end, may be one of Python's.
         suspects = (foreign & self._candidates) - self._in_vain
         libgomp = any(runtime.family == "libgomp" for runtime in openmp.loaded_runtimes())
-        # Without a pool of its own there is nothing of the model's to throttle.
-        if ours and libgomp and not self._report_runners() and suspects:
+        if libgomp and not self._report_runners() and suspects:
             self.alert = True
-            self._release = _Release(foreign, suspects, self._ports)
+            ports = [port for each in self._ports if (port := each()) is not None]
+            self._ports = set(map(weakref.ref, ports))
+            self._release = _Release(foreign, suspects, ports, slept)
 
     def _relax(self) -> None:
         self._sleepy = 0
@@ -145,7 +155,7 @@ class ForeignPools:
         self._calm = 0
         if release.gone:
             self._usage.pools_returned += 1
-            self._report_returned(func)
+            self._report_returned(func, release.slept)
         elif release.answered:
             self._in_vain |= release.suspects
             # Who has slept from the first call on, or has nobody new beside it, may have reasons
@@ -154,15 +164,16 @@ class ForeignPools:
             if new and switches >= SLEEPY:
                 self._report_kept(func, switches)
 
-    def _report_returned(self, func: str) -> None:
+    def _report_returned(self, func: str, slept: str) -> None:
         count = self._usage.pools_returned
         if count & (count - 1):  # neither the 1st time nor the 2nd, 4th, 8th ...
             return
         logger.warning(
-            "%s was slowed down by a second OpenMP pool, which a native call on the event loop's "
-            "thread had made; it has been given back (%d so far). Make that call with "
-            "runner.run(), too: native calls belong on the model's thread",
+            "%s went to sleep %s in a call, as OpenMP does when there is a second pool. A native "
+            "call on the event loop's thread had made one; it has been given back (%d so far). "
+            "Make that call with runner.run(), too: native calls belong on the model's thread",
             func,
+            slept,
             count,
         )
 
@@ -171,18 +182,23 @@ class ForeignPools:
             others = {thread.name for thread in threading.enumerate()} - {self.name}
             logger.warning(
                 "%s goes to sleep %d times in a call, and did not before: another thread seems "
-                "to have made a second OpenMP pool. No event loop that calls this runner owns it, "
-                "so that it can't be given back from here. Look for native calls in 'def' "
-                "endpoints and threads, and make them with runner.run(). Threads that there "
-                "are: %s",
+                "to have made a second OpenMP pool. It belongs to none of the event loops that "
+                "call this runner, so that it can't be given back from here. Look for native "
+                "calls in 'def' endpoints and threads, and make them with runner.run(). Threads "
+                "that there are: %s",
                 func,
                 switches,
                 ", ".join(sorted(others)),
             )
 
+    def pool_size(self) -> int:
+        """How many threads the model's OpenMP pool has, of all that carry the runner's name."""
+        return min(self.threads, len(native_threads(self.name)[0]) + 1)
+
     def _report_runners(self) -> bool:
         """Whether runners of this process throttle each other; giving back does not help then."""
-        pools = {each.name: len(native_threads(each.name)[0]) + 1 for each in _watched}
+        runners = [runner for each in tuple(_watched) if (runner := each()) is not None]
+        pools = {procfs.kernel_name(each.name): each.pool_size() for each in runners}
         busy = {name: count for name, count in pools.items() if count > 1}
         cpus = len(cpu.IMPORT_AFFINITY)
         if len(busy) < 2 or sum(busy.values()) <= cpus:
@@ -205,11 +221,16 @@ class _Release:
 
     :param foreign: the threads that are not the model's
     :param suspects: those of them that have been there for a while
+    :param ports: of the loops
+    :param slept: how often the model went to sleep in a call
     :ivar gone: the foreign threads that went with it
     """
 
-    def __init__(self, foreign: set[int], suspects: set[int], ports: Iterable[Port]) -> None:
+    def __init__(
+        self, foreign: set[int], suspects: set[int], ports: Iterable[Port], slept: str
+    ) -> None:
         self.suspects = suspects
+        self.slept = slept
         self._foreign = foreign
         self.gone: set[int] = set()  # updated by each loop, before it counts as answered
         self._since = time.monotonic()
@@ -227,13 +248,16 @@ class _Release:
         return self.answered or time.monotonic() - self._since > _ANSWER_LIMIT
 
     def _run(self) -> None:
-        """On a loop. Whatever fails here must not end the loop, as it would with trio."""
+        """On a loop. Whatever fails here must not end the loop, as it would with trio.
+
+        It is no answer, either: nothing is known then.
+        """
         with suppress(Exception):
             before = self._foreign & procfs.thread_ids()
             openmp.release_pools()
             # The threads of a pool have ended when it has been given back.
             self.gone |= before - procfs.thread_ids()
-        self._answers.append(None)
+            self._answers.append(None)
 
 
 def _python_threads() -> set[int | None]:

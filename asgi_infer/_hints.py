@@ -45,13 +45,6 @@ class Hints:
         self._name = name
         self._native = native
         self._usage = usage
-        # Each cause has a check that returns the hint.
-        self._checks: dict[str, Callable[[Looked], str | None]] = {
-            "faults": self._page_faults,
-            "gil": self._held_gil,
-            "quota": self._quota,
-            "processes": self._processes,
-        }
         self._in_a_row = {"faults": 0, "gil": 0}
         self._looks = 0
         self._throttling: cpu.Throttling | None = None
@@ -59,7 +52,14 @@ class Hints:
     def consider(self, look: Looked) -> None:
         """Look for every cause that nothing has been said of yet."""
         self._looks += 1
-        for cause, check in self._checks.items():
+        # Made here: kept, these methods would be a reference cycle.
+        checks: dict[str, Callable[[Looked], str | None]] = {
+            "faults": self._page_faults,
+            "gil": self._held_gil,
+            "quota": self._quota,
+            "processes": self._processes,
+        }
+        for cause, check in checks.items():
             hint = None if cause in self._usage.said else check(look)
             if hint is not None and self._usage.say_once(cause):
                 logger.warning("%s", hint)
@@ -101,7 +101,8 @@ class Hints:
         self._throttling = now
         periods = now.periods - before.periods if before else 0
         throttled = now.throttled_periods - before.throttled_periods if before else 0
-        if throttled < max(2, _THROTTLED_SHARE * periods):
+        # Fewer periods than before are those of another group.
+        if periods < 0 or throttled < max(2, _THROTTLED_SHARE * periods):
             return None
         threads, mine = max(1, math.floor(quota)), self._native.thread_count
         remedy = (
@@ -110,8 +111,8 @@ class Hints:
             else f"the model has {mine} already: look for what else runs in this container"
         )
         return (
-            f"the cgroup's quota of {quota:g} CPUs was used up in {throttled} of {periods} "
-            f"periods, and everything stood still for the rest of each: {remedy}"
+            f"a cgroup's quota (the least is {quota:g} CPUs) was used up in {throttled} of "
+            f"{periods} periods, and everything stood still for the rest of each: {remedy}"
         )
 
     def _processes(self, look: Looked) -> str | None:
@@ -130,8 +131,8 @@ class Hints:
             return None
         count, threads = len(pools), sum(pools.values())
         return (
-            f"{count} processes of this server run a model named {self._name!r}, with {threads} "
-            f"native threads on {room:g} CPUs, which slows all of them down: "
+            f"{count} processes that were started together run a model named {self._name!r}, with "
+            f"{threads} native threads on {room:g} CPUs, which slows all of them down: "
             f"set NativePolicy(threads={max(1, int(room) // count)}), or start fewer workers"
         )
 

@@ -11,9 +11,10 @@ class RunnerStatistics:
 
     The counts are all read at one instant:
     ``submitted = completed + failed + cancelled + expired + rejected + queued + running``
-    holds in every snapshot. The first six and ``late`` only ever grow. What calls cost (from
-    ``service_time`` to ``loop_lag``) are moving averages; ``cores_used``, ``foreign_threads`` and
-    ``loop_lag`` are looked at once a second, and only while calls are made.
+    holds in every snapshot. The first six and ``late`` only ever grow. Moving
+    averages are ``service_time``, ``cores_used``, ``switches_per_call``, ``faults_per_call`` and
+    ``loop_lag``. Once a second, and only while calls are made, ``cores_used``, ``loop_lag`` and
+    ``foreign_threads`` are looked at.
     """
 
     submitted: int

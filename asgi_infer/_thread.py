@@ -204,9 +204,9 @@ class InferenceThread:
                 error = _as_error(exception, call.work)
             watch.end(call)
             call = self.scheduler.finish(call, value, error)
+            del value, error  # it is the caller's now, and its traceback refers to this frame
             if watch.news is not None:
                 watch.attend()
-            del value, error  # it is the caller's now, and its traceback refers to this frame
         return True
 
     def _give_up(self, call: Call) -> None:

@@ -1,6 +1,7 @@
 """Looks at every call on an inference thread: what it cost, and whether something slows it down.
 
-Each call costs one system call (``getrusage`` for this thread alone, 0.3 µs). Once a second, and
+Each call costs one system call or two (``getrusage`` for this thread alone), under a microsecond
+in all. Once a second, and
 only while calls are made, one of them is looked at more closely: how many CPUs it used, and when
 its caller's event loop got to answer.
 
@@ -51,7 +52,7 @@ class Watch:
         self.next_look = 0.0
         self.news: Callable[[], None] | None = None
         self._usage = usage
-        self._pools = ForeignPools(name, usage, home)
+        self._pools = ForeignPools(name, usage, threads=native.thread_count, home=home)
         self._hints = Hints(name, native, usage)
         self._switches = 0
         self._faults = 0
@@ -80,9 +81,9 @@ class Watch:
             usage.switches_per_call = _faded(usage.switches_per_call, switches)
         if faults or usage.faults_per_call:
             usage.faults_per_call = _faded(usage.faults_per_call, faults)
-        worth_a_word = switches >= SLEEPY or self._pools.alert or self._look is not None
-        if worth_a_word and not self._given_up:
-            self.news = self._news(call, switches, faults)
+        sign = switches >= SLEEPY or self._pools.alert
+        if (sign or self._look is not None) and not self._given_up:
+            self.news = self._news(call, switches, faults, sign=sign)
 
     def attend(self) -> None:
         """The call has been handed over: do what is left to do about it."""
@@ -90,27 +91,26 @@ class Watch:
         try:
             if news is not None:  # pragma: no branch  # who calls this has looked
                 news()
-        except Exception as error:
+        except BaseException as error:
             # A full table of files, a logging handler that fails ...: no reason to stop serving.
             self._give_up(error)
         self.reset()  # nor is what this took any call's
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: BaseException) -> None:
         self.next_look = math.inf
         self._look = None
         self._given_up = True
-        with suppress(Exception):  # it may be the logging that has failed
+        with suppress(BaseException):  # it may be the logging that has failed
             logger.warning("calls are no longer watched for what slows them down", exc_info=error)
 
-    def _news(self, call: Call, switches: int, faults: int) -> Callable[[], None]:
+    def _news(self, call: Call, switches: int, faults: int, *, sign: bool) -> Callable[[], None]:
         """What is left to do, without the call, which would be kept alive by it."""
         func, port, look = call.name, call.port, self._look
-        if look is not None and look.started == call.started:
+        if look is not None and not look.func:  # the first to end is the one looked at
             look.end(func, faults)
-        pools = switches >= SLEEPY or self._pools.alert
 
         def news() -> None:
-            if pools:
+            if sign:
                 self._pools.note(func, port, switches)
             if look is not None and look.over:
                 self._evaluate(look)
@@ -150,7 +150,8 @@ class Look:
     """
 
     def __init__(self, call: Call) -> None:
-        self.started = call.started
+        # Not call.started: what the thread did for the call before may have come in between.
+        self.started = time.monotonic()
         self.port = call.port
         self.lag: float | None = None  # written by the loop, before it sets answered
         self.answered = False

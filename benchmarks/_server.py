@@ -93,7 +93,8 @@ class Server(uvicorn.Server):
 
 
 def serve(app: FastAPI) -> None:
-    with socket.socket() as listener:
+    # With its protocol: asyncio has answers sent at once (TCP_NODELAY) only where it knows that.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listener])
 

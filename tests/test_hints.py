@@ -165,15 +165,19 @@ def test_quota(said: Said, alone: SimpleNamespace, threads: int, remedy: str) ->
     assert said(limited, Seen()) == []  # how often it was before is nobody's concern
     alone.throttling = throttled(110, 54)
     (line,) = said(limited, Seen(), Seen())
-    assert line.startswith("the cgroup's quota of 2.5 CPUs was used up in 4 of 10 periods")
+    assert line.startswith(
+        "a cgroup's quota (the least is 2.5 CPUs) was used up in 4 of 10 periods"
+    )
     assert remedy in line
     alone.throttling = throttled(200, 100)
     assert said(limited, Seen()) == []
 
 
-@pytest.mark.parametrize("now", [throttled(110, 51), throttled(200, 53), throttled(100, 50)])
+@pytest.mark.parametrize(
+    "now", [throttled(110, 51), throttled(200, 53), throttled(100, 50), throttled(30, 60)]
+)
 def test_quota_that_holds(said: Said, alone: SimpleNamespace, now: Throttling) -> None:
-    """A single period, a few of many, or none at all, are nothing."""
+    """A single period, a few of many, none at all, or those of another group, are nothing."""
     alone.quota, alone.throttling = 2.5, throttled(100, 50)
     limited = hints()
     assert said(limited, Seen()) == []
@@ -188,7 +192,8 @@ def test_processes(said: Said, alone: SimpleNamespace) -> None:
     """Other processes of the same server with models of the same name share the CPUs."""
     alone.threads |= {7: 4, 8: 0, 9: 1}
     (line,) = said(hints(), *[Seen()] * 10)
-    assert line.startswith("2 processes of this server run a model named 'digits', with 8 native")
+    assert line.startswith("2 processes that were started together run a model named 'digits', ")
+    assert "with 8 native threads" in line
     assert "NativePolicy(threads=2)" in line
 
 

@@ -40,12 +40,20 @@ def serve(
     """
     app = application(job, target, arguments)
     server = Server(app, channel)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        with suppress(SystemExit):  # uvicorn's, where an application does not start
-            server.run([listener])
+    # SystemExit is uvicorn's, where an application does not start.
+    with listening() as listener, suppress(SystemExit):
+        server.run([listener])
     if not server.started:
         raise getattr(app.state, "failure", RuntimeError("the server did not start"))
+
+
+def listening() -> socket.socket:
+    """A socket of the server's, on a free port."""
+    # With its protocol: asyncio has answers sent at once (TCP_NODELAY) only on sockets that it
+    # knows for TCP's. On others each one waits for the client's acknowledgement, 40 ms.
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    return listener
 
 
 def application(job: dict[str, Any], target: Target, arguments: tuple[Any, ...]) -> FastAPI:

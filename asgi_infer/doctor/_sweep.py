@@ -50,6 +50,7 @@ def _spinning(case: Case, default: Arm, usual: float) -> Iterator[Finding]:
         count
         for count, arm in case.sweep.items()
         if count < case.subject.threads
+        and default.model_cores_used > 1  # or there is hardly anything to save
         and arm.calls_per_second * DIFFERENCE >= usual
         and arm.model_cores_used <= _MUCH_LESS * default.model_cores_used
     ]

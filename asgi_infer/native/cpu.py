@@ -79,7 +79,7 @@ def cgroup_quota(root: Path = _ROOT) -> float | None:
 def throttling(root: Path = _ROOT) -> Throttling:
     """How often the quota of this process's cgroup, or of one above it, has run out.
 
-    Of all these groups it is the one that was throttled most: their periods are the same ones.
+    Of all these groups it is the one that was throttled most.
 
     :param root: where ``proc`` and ``sys`` are found
     """

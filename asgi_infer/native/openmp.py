@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ._maps import MAPS, mapped_files
 
-_RUNTIME = re.compile(r"/(libgomp|libomp|libiomp5)[^/]*\.so[^/]*$")
+# With what wheels append to the name. Not libgomp-plugin-..., nor Open MPI's libompitrace.so.
+_RUNTIME = re.compile(r"/(libgomp|libomp|libiomp5)(?!-plugin)(-[^/.]*)?\.so[^/]*$")
 _PAUSE_SOFT = 1  # omp_pause_soft of the OpenMP 5.0 specification
 
 

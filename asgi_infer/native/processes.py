@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import procfs
 
-_INIT = 1  # the parent of services that have nothing to do with each other
+_INIT = 1  # in a container the server itself; elsewhere the parent of all services
 
 
 def siblings() -> set[int]:
@@ -15,13 +15,12 @@ def siblings() -> set[int]:
 
     :raises OSError: not Linux, or a kernel that doesn't tell
     """
-    parent = os.getppid()
-    if parent == _INIT:
+    parent, program = os.getppid(), _program(os.getpid())
+    if parent == _INIT and _program(_INIT) != program:
         return set()
     found: set[int] = set()
     for task in Path(f"/proc/{parent}/task").iterdir():
         found.update(map(int, (task / "children").read_text().split()))
-    program = _program(os.getpid())
     return {pid for pid in found - {os.getpid()} if _program(pid) == program}
 
 

@@ -71,9 +71,17 @@ def test_no_siblings_of_mine() -> None:
 
 
 def test_services_are_no_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What init starts has nothing in common but that."""
+    """What init starts has nothing in common but that, unless init is the server itself."""
     monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(processes, "_program", {1: "/sbin/init"}.get)
     assert processes.siblings() == set()
+    monkeypatch.setattr(processes, "_INIT", os.getpid())
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    monkeypatch.setattr(processes, "_program", lambda pid: "python")
+    with subprocess.Popen(["sleep", "60"]) as child:
+        found = processes.siblings()
+        child.kill()
+    assert child.pid in found
 
 
 def test_other_programs_are_no_siblings(two_children: list[Seen]) -> None:
