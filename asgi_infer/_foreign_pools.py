@@ -29,9 +29,7 @@ logger = logging.getLogger("asgi_infer")
 SLEEPY = 20
 """Voluntary context switches of a call from which on it may be throttled."""
 
-PATIENCE = 3
-"""Such calls in a row before anything is done."""
-
+_PATIENCE = 3  # such calls in a row before anything is done
 _MOST_PATIENCE = 24  # however often it happens: when the strays end, the model is soon well again
 _CALM = 50  # calls without a sign, after which the patience is as at first
 _ANSWER_LIMIT = 1.0  # seconds for loops to answer in; one may stand still, or be closed
@@ -82,7 +80,7 @@ class ForeignPools:
         self._harmless: set[int] | None = None  # foreign threads while calls were well
         self._usual_switches = 0.0  # of a call then
         self._candidates: set[int] = set()  # foreign threads at the look before
-        self._patience = PATIENCE
+        self._patience = _PATIENCE
         self._sleepy = 0  # calls in a row that slept a lot
         self._calm = 0  # calls in a row that did not
         self._release: _Release | None = None  # under way, on those loops
@@ -101,11 +99,11 @@ class ForeignPools:
             self._sleepy += 1
             self._ports.add(weakref.ref(port))
             if self._sleepy == self._patience - 1:
-                self._candidates = native_threads(self.name)[1]
+                _, self._candidates = self._threads()
             elif self._sleepy >= self._patience:
                 self._sleepy = 0
                 self._patience = min(2 * self._patience, _MOST_PATIENCE)
-                self._look(func, f"{switches} times")
+                self._examine(func, f"{switches} times", *self._threads())
 
     def look(self, func: str, port: Port) -> None:
         """Now and then: learn what is there while calls are well; find what slows them a little.
@@ -114,19 +112,22 @@ class ForeignPools:
         """
         self._ports.add(weakref.ref(port))
         average = self._usage.switches_per_call
-        _, foreign = native_threads(self.name)
-        self._usage.foreign_threads = len(foreign)
+        ours, foreign = self._threads()
         more = self._harmless is not None and average >= 2 * self._usual_switches + 1
         if more and self._release is None:
-            self._look(func, "again and again")
+            self._examine(func, "again and again", ours, foreign)
         elif not self.alert and average < SLEEPY / 4:
             self._harmless = foreign
             self._usual_switches = average
         self._candidates = foreign
 
-    def _look(self, func: str, slept: str) -> None:
+    def _threads(self) -> tuple[set[int], set[int]]:
         ours, foreign = native_threads(self.name)
         self._usage.foreign_threads = len(foreign)
+        return ours, foreign
+
+    def _examine(self, func: str, slept: str, ours: set[int], foreign: set[int]) -> None:
+        """Calls slept: if that may be because of a pool of a loop's thread, have it given back."""
         self._in_vain &= foreign  # the kernel gives ids anew
         if not ours:  # nothing of the model's to throttle
             return
@@ -144,7 +145,7 @@ class ForeignPools:
         self._sleepy = 0
         self._calm += 1
         if self._calm >= _CALM:
-            self._patience = PATIENCE
+            self._patience = _PATIENCE
             self.alert = False
 
     def _conclude(self, release: _Release, func: str, switches: int) -> None:

@@ -172,8 +172,8 @@ class InferenceThread:
 
     def _serve(self, worker: OpenWorker) -> None:
         spec = self._spec
-        watch = Watch(name=spec.name, native=spec.native, usage=self._usage, home=self._home)
         try:
+            watch = Watch(name=spec.name, native=spec.native, usage=self._usage, home=self._home)
             while self._serve_burst(worker, watch):
                 pass
         finally:

@@ -1,9 +1,8 @@
 """Looks at every call on an inference thread: what it cost, and whether something slows it down.
 
 Each call costs one system call or two (``getrusage`` for this thread alone), under a microsecond
-in all. Once a second, and
-only while calls are made, one of them is looked at more closely: how many CPUs it used, and when
-its caller's event loop got to answer.
+in all. Once a second, and only while calls are made, one of them is looked at more closely: how
+many CPUs it used, and when its caller's event loop got to answer.
 
 Guarantees
     * Nothing in here ends the thread: a watch that fails is given up, and the calls go on.
