@@ -476,7 +476,7 @@ class Lines(logging.Handler):
 logging.getLogger("asgi_infer").addHandler(Lines())
 
 def load():
-    return HistGradientBoostingClassifier(max_iter=10).fit(DIGITS, LABELS)
+    return HistGradientBoostingClassifier(max_iter=30).fit(DIGITS, LABELS)
 
 def predict(model):
     before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

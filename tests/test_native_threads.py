@@ -32,7 +32,7 @@ from asgi_infer import InferenceRunner, NativePolicy
 from asgi_infer.native import openmp, procfs
 
 DIGITS, LABELS = load_digits(return_X_y=True)
-model = HistGradientBoostingClassifier(max_iter=10).fit(DIGITS, LABELS)
+model = HistGradientBoostingClassifier(max_iter=30).fit(DIGITS, LABELS)
 if sys.argv[1] == "keep":
     openmp.release_pools = lambda: 0
 
