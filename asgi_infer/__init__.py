@@ -1,5 +1,6 @@
 """Full-CPU native inference inside an ASGI application: one thread owns the model."""
 
+from ._batcher import Batcher
 from ._call import check_cancelled
 from ._errors import (
     CallCancelled,
@@ -13,13 +14,15 @@ from ._errors import (
     ReentrantCall,
 )
 from ._lookup import runner_from
+from ._queue_policy import QueuePolicy
 from ._runner import InferenceRunner
 from ._statistics import RunnerStatistics
-from .middleware import InferenceMiddleware, InvalidDeadline
+from ._stream import Stream
+from .middleware import InferenceMiddleware
 from .native import NativePolicy
-from .workers import ThreadWorker
 
 __all__ = [
+    "Batcher",
     "CallCancelled",
     "CallFailed",
     "ClientDisconnected",
@@ -28,13 +31,13 @@ __all__ = [
     "InferenceError",
     "InferenceMiddleware",
     "InferenceRunner",
-    "InvalidDeadline",
     "NativePolicy",
     "NotReady",
     "QueueFull",
+    "QueuePolicy",
     "ReentrantCall",
     "RunnerStatistics",
-    "ThreadWorker",
+    "Stream",
     "check_cancelled",
     "runner_from",
 ]

@@ -32,6 +32,7 @@ class Departure(enum.Enum):
 
     CANCELLED = "cancelled"
     EXPIRED = "expired"
+    SHED = "rejected"
 
 
 class Port(Protocol):
@@ -70,6 +71,7 @@ class Call:
         "error",
         "port",
         "priority",
+        "size",
         "started",
         "state",
         "value",
@@ -101,6 +103,17 @@ class Call:
         self.waiter = waiter
         self.state = CallState.QUEUED
         self.departure: Departure | None = None
+        self.size = 0  # bytes of its arguments, where anybody counts them
+
+    @property
+    def group(self) -> object:
+        """What it waits in line for, where calls differ in how long they run; None for most."""
+        return None
+
+    def given_up(self, now: float) -> bool:
+        """Whether nobody waits for its outcome any more."""
+        # One attribute, written once under the lock: read without it on purpose, this is a hint.
+        return self.departure is not None or (self.deadline is not None and now >= self.deadline)
 
     @property
     def name(self) -> str:
@@ -147,6 +160,8 @@ class _Here(threading.local):
 
     current_call: Callable[[], Call | None] | None = None
     """On an inference thread, what tells the call that it runs."""
+    clock: Callable[[], float] = time.monotonic
+    """What the deadlines of its calls are on."""
 
 
 here = _Here()
@@ -163,10 +178,6 @@ def check_cancelled() -> None:
     :raises CallCancelled: the caller has gone, or the call's deadline has passed
     """
     call = here.current_call and here.current_call()
-    if call is None:
-        return
-    # One attribute, written once under the lock: read without it on purpose, this is a hint.
-    if call.departure is not None:
-        raise CallCancelled(f"nobody waits for this call any more: {call.departure.value}")
-    if call.deadline is not None and time.monotonic() >= call.deadline:
-        raise CallCancelled("nobody waits for this call any more: its deadline has passed")
+    if call is not None and call.given_up(here.clock()):
+        why = "its deadline has passed" if call.departure is None else call.departure.value
+        raise CallCancelled(f"nobody waits for this call any more: {why}")

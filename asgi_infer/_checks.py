@@ -10,6 +10,8 @@ from numbers import Real
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+from ._queue_policy import QueuePolicy
+
 _FACTORIES = (type, FunctionType, MethodType, BuiltinFunctionType, partial)
 
 
@@ -61,6 +63,23 @@ def check_func(func: Any) -> None:
         check_plain("func", func)
 
 
+def check_stream(func: Any) -> None:
+    """What is to be streamed must be callable and not async: a generator function, as a rule.
+
+    :raises TypeError: it is not
+    """
+    if not callable(func):
+        raise TypeError(
+            f"func must be a generator function, not {type(func).__qualname__}: pass the function "
+            f"and its arguments, stream(generate, x), and not what it returns, stream(generate(x))"
+        )
+    if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
+        raise TypeError(
+            f"func must be a plain generator function, and {func!r} is async. It needs no await: "
+            f"it has a thread to itself"
+        )
+
+
 def check_plain(name: str, func: Callable[..., Any]) -> None:
     """``func`` must not be async, nor a generator function.
 
@@ -86,6 +105,16 @@ def check_seconds(name: str, value: Any) -> float:
     raise ValueError(
         f"{name} must be a number of seconds greater than 0 (or None for no limit), not {value!r}"
     )
+
+
+def check_delay(name: str, value: Any) -> float:
+    """A duration that may be nothing: a finite number of seconds, 0 or more.
+
+    :raises ValueError: it is anything else
+    """
+    if isinstance(value, Real) and 0 <= value <= threading.TIMEOUT_MAX:  # type: ignore[operator]
+        return float(value)
+    raise ValueError(f"{name} must be a number of seconds, 0 or more, not {value!r}")
 
 
 def check_grace(value: Any) -> float:
@@ -114,13 +143,23 @@ def check_priority(value: Any) -> int:
     return value
 
 
-def check_max_queue(value: Any) -> int:
-    """A number of calls.
+def check_count(name: str, value: Any) -> int:
+    """A number of things: at least one.
 
     :raises ValueError: it is no integer, or less than 1
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"max_queue must be an integer of at least 1, not {value!r}")
+        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+    return value
+
+
+def check_queue_policy(value: Any) -> QueuePolicy:
+    """What orders a queue.
+
+    :raises TypeError: it is no policy
+    """
+    if not isinstance(value, QueuePolicy):
+        raise TypeError(f"queue must be a QueuePolicy, not {value!r}: QueuePolicy(overload=...)")
     return value
 
 

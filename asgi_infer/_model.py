@@ -8,6 +8,7 @@ slows both pools down for as long as the two exist.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, NoReturn
 
@@ -58,6 +59,18 @@ def name_of(func: object) -> str:
         return str(getattr(func, "__qualname__", type(func).__qualname__))
     except Exception:  # a __getattr__ that raises something else than AttributeError
         return type(func).__qualname__
+
+
+def is_generator_function(func: object, load: object) -> bool:
+    """Whether ``func`` is known to return a generator. Of references, if ``load`` is a class."""
+    if isinstance(func, partial):
+        return is_generator_function(func.func, load)
+    if isinstance(func, ModelReference):
+        found: object = load if inspect.isclass(load) else None
+        for name in func._asgi_infer_path:
+            found = inspect.getattr_static(found, name, None)
+        func = found
+    return inspect.isgeneratorfunction(func)
 
 
 def resolve_work(work: Any, owner: object, model: Any) -> Any:

@@ -11,17 +11,22 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from functools import partial, update_wrapper
-from types import TracebackType
-from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast
+from types import MappingProxyType, TracebackType
+from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast, overload
 
 from . import _checks, _exit
+from ._batch import BatchCall, BatchFunction
+from ._buffer import StreamBuffer, StreamCall
 from ._call import Call, Caller, Departure, Port, Work, current_caller, here
 from ._errors import NotReady, QueueFull, ReentrantCall
 from ._future import FUTURE_PORT, CallFuture, cancel_all
 from ._handoff import current_port, wait_for
-from ._model import ModelReference
-from ._scheduler import Scheduler, retry_after
+from ._model import ModelReference, is_generator_function
+from ._queue_policy import QueuePolicy
+from ._refusals import retry_after
+from ._scheduler import Scheduler
 from ._statistics import Counters, RunnerStatistics, Usage
+from ._stream import Stream
 from ._thread import InferenceThread
 from .native import NativePolicy, openmp
 from .workers import ThreadWorker
@@ -37,6 +42,10 @@ STATE_KEY = "asgi_infer"
 
 GRACE = 10.0
 """Seconds that accepted calls get to end in when a runner stops, unless told otherwise."""
+
+
+STALL_TIMEOUT = 10.0
+"""Seconds that the consumer of a stream may let a full buffer stand, unless told otherwise."""
 
 
 class InferenceRunner(Executor, Generic[ModelT]):
@@ -59,12 +68,17 @@ class InferenceRunner(Executor, Generic[ModelT]):
     :param warmup: called with the model, on the inference thread, before the first call
     :param name: names the thread, and the runner among several; the kernel shows 15 bytes of it
     :param max_queue: how many calls may wait (the running one not counted); more are refused
+    :param max_queue_bytes: how many bytes the arguments of waiting calls may hold: of arrays,
+        tensors and other buffers. A call that waits alone may hold more
+    :param queue: in what order calls run, and what is done about a queue that has stood too long
     :param timeout: seconds that a call may take, waiting included, where it sets no time itself
     :param native: what the thread, and the native threads that the model starts, run under
     :param worker: where the model lives
     :raises TypeError: ``load`` or ``warmup`` can't be called as said above
     :raises ValueError: a number makes no sense
     """
+
+    _clock: Callable[[], float] = staticmethod(time.monotonic)  # what deadlines are on
 
     def __init__(
         self,
@@ -73,6 +87,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
         warmup: Callable[[ModelT], object] | None = None,
         name: str = "inference",
         max_queue: int = 128,
+        max_queue_bytes: int | None = None,
+        queue: QueuePolicy = QueuePolicy(),
         timeout: float | None = None,
         native: NativePolicy = NativePolicy(),
         worker: Worker = ThreadWorker(),
@@ -80,7 +96,11 @@ class InferenceRunner(Executor, Generic[ModelT]):
         _checks.check_load(load)
         _checks.check_warmup(warmup, load)
         self._name = _checks.check_name(name)
-        self._max_queue = _checks.check_max_queue(max_queue)
+        self._max_queue = _checks.check_count("max_queue", max_queue)
+        if max_queue_bytes is not None:
+            _checks.check_count("max_queue_bytes", max_queue_bytes)
+        self._max_queue_bytes = max_queue_bytes
+        self._queue_policy = _checks.check_queue_policy(queue)
         self._timeout = None if timeout is None else _checks.check_seconds("timeout", timeout)
         self._spec = ModelSpec(name=name, load=load, warmup=warmup, native=native)
         self._worker = worker
@@ -135,7 +155,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
             deadline = None
         else:
             deadline = self._deadline(timeout, caller)
-        call, scheduler = self._admit((func, args), port, waiter, deadline, priority)
+        call, scheduler = self._call((func, args), port, waiter, deadline, priority)
         if caller is not None:
             caller.joined(call, scheduler.disconnect)
         try:
@@ -165,7 +185,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         func = partial(fn, **kwargs) if kwargs else fn
         caller = current_caller.get()
         deadline = self._deadline(None, caller)
-        call, scheduler = self._admit((func, args), FUTURE_PORT, future, deadline, 0)
+        call, scheduler = self._call((func, args), FUTURE_PORT, future, deadline, 0)
         if caller is not None:
             caller.joined(call, scheduler.disconnect)
             future.add_done_callback(lambda _: caller.left(call))
@@ -185,9 +205,70 @@ class InferenceRunner(Executor, Generic[ModelT]):
         executor = _WithRoom(self, self._max_queue)
         return executor.map(fn, *iterables, timeout=timeout, chunksize=chunksize)
 
+    def stream(
+        self,
+        func: Callable[[*ArgsT], Iterator[T]],
+        *args: *ArgsT,
+        buffer: int = 16,
+        stall_timeout: float | None = STALL_TIMEOUT,
+        interleave: bool = False,
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> Stream[T]:
+        """Step the generator ``func(*args)`` on the inference thread, and iterate over its items.
+
+        The call is queued here and now, so that an endpoint answers with the error of a full
+        queue and not with half a response. Once it runs it holds the thread until the generator
+        ends: up to ``buffer`` items are made ahead, then the thread waits for the consumer.
+
+        :param buffer: how many items may be made ahead of the consumer
+        :param stall_timeout: seconds that the consumer may let a full buffer stand; then the
+            generator is closed. None for no limit
+        :param interleave: let calls that wait run between two items, one after each; the stream
+            then holds no thread while it waits for its consumer
+        :param timeout: seconds for all of it, from here to the last item; by default the runner's
+        :param priority: as of ``run``
+        :returns: an async iterator, which can be given to ``StreamingResponse`` as it is
+        :raises TypeError: ``func`` is async, or no function
+        :raises Exception: as ``run``, for all that is known on arrival. What comes later is
+            raised where the items are taken: ``DeadlineExceeded``, also for a consumer that has
+            stalled, ``ClientDisconnected``, ``Draining``, and what the generator raises
+
+        See ``Stream`` for cancellation.
+        """
+        _checks.check_stream(func)
+        size = _checks.check_count("buffer", buffer)
+        if stall_timeout is not None:
+            stall_timeout = _checks.check_seconds("stall_timeout", stall_timeout)
+        caller = current_caller.get()
+        call = StreamCall(
+            (func, args),
+            copy_context(),
+            self._deadline(timeout, caller),
+            priority,
+            buffer=StreamBuffer(size),
+            stall_timeout=stall_timeout,
+            interleave=interleave,
+        )
+        scheduler = self._admit(call)
+        stream: Stream[T] = Stream(call, scheduler, caller)
+        if caller is not None:
+            caller.joined(call, scheduler.disconnect)
+        return stream
+
+    @overload
+    def wrap(  # type: ignore[overload-overlap]  # an iterator is a T as well; it comes first
+        self, func: Callable[P, Iterator[T]], *, timeout: float | None = None, priority: int = 0
+    ) -> Callable[P, Stream[T]]: ...
+
+    @overload
     def wrap(
         self, func: Callable[P, T], *, timeout: float | None = None, priority: int = 0
-    ) -> Callable[P, Coroutine[Any, Any, T]]:
+    ) -> Callable[P, Coroutine[Any, Any, T]]: ...
+
+    def wrap(
+        self, func: Callable[P, Any], *, timeout: float | None = None, priority: int = 0
+    ) -> Callable[P, Any]:
         """An async function that runs ``func`` on the inference thread.
 
         ::
@@ -195,17 +276,32 @@ class InferenceRunner(Executor, Generic[ModelT]):
             predict = runner.wrap(runner.model.predict)
             digit = await predict(image)
 
-        Works as a decorator as well. Options, errors and cancellation are those of ``run``.
+        Works as a decorator as well. Of a generator function it makes a function that returns
+        a ``Stream``. Options, errors and cancellation are those of ``run``, or of ``stream``.
         """
         if timeout is not None:
             _checks.check_seconds("timeout", timeout)
+        if is_generator_function(func, self._spec.load):
+            return update_wrapper(partial(self._stream_of, func, timeout, priority), func)
         _checks.check_func(func)
 
-        async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        async def call(*args: P.args, **kwargs: P.kwargs) -> Any:
             bound = partial(func, *args, **kwargs)
             return await self.run(bound, timeout=timeout, priority=priority)
 
         return update_wrapper(call, func)
+
+    def _stream_of(
+        self,
+        func: Callable[..., Iterator[T]],
+        timeout: float | None,
+        priority: int,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Stream[T]:
+        bound = partial(func, *args, **kwargs)
+        return self.stream(bound, timeout=timeout, priority=priority)
 
     @property
     def model(self) -> ModelT:
@@ -350,9 +446,13 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 expired=counters.expired,
                 rejected=counters.rejected,
                 queued=sum(scheduler.queued for scheduler in schedulers),
+                queued_bytes=sum(scheduler.queued_bytes for scheduler in schedulers),
                 running=counters.running,
                 late=counters.late,
                 service_time=counters.service_time,
+                batch_sizes=MappingProxyType(dict(sorted(counters.batch_sizes.items()))),
+                batches_split=counters.batches_split,
+                overloaded=any(scheduler.overloaded for scheduler in schedulers),
                 cores_used=usage.cores_used,
                 switches_per_call=usage.switches_per_call,
                 faults_per_call=usage.faults_per_call,
@@ -374,7 +474,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _admit(
+    def _call(
         self,
         work: Work,
         port: Port,
@@ -382,10 +482,17 @@ class InferenceRunner(Executor, Generic[ModelT]):
         deadline: float | None,
         priority: int,
     ) -> tuple[Call, Scheduler]:
+        """Make a call and have it admitted."""
         if not callable(work[0]):
             _checks.check_func(work[0])
-        if priority != 0:
-            _checks.check_priority(priority)
+        kind = BatchCall if type(work[0]) is BatchFunction else Call
+        call = kind(work, copy_context(), deadline, priority, port, waiter)
+        return call, self._admit(call)
+
+    def _admit(self, call: Call) -> Scheduler:
+        """Hand ``call`` to the thread, which is started if need be."""
+        if call.priority != 0:
+            _checks.check_priority(call.priority)
         if threading.get_ident() != _exit.main_thread_id:
             _exit.watch_main_thread()
         thread = self._thread or self._launch(again=False)
@@ -396,19 +503,18 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 f"a call on the runner {self._name!r} calls the same runner and would wait for "
                 f"itself: call the function directly instead"
             )
-        call = Call(work, copy_context(), deadline, priority, port, waiter)
         scheduler = thread.scheduler
-        if port is FUTURE_PORT:
-            waiter.attach(call, scheduler)
+        if call.port is FUTURE_PORT:
+            call.waiter.attach(call, scheduler)
         scheduler.admit(call)
-        return call, scheduler
+        return scheduler
 
     def _deadline(self, timeout: float | None, caller: Caller | None) -> float | None:
         """When the call's time is up: its own or the runner's, and never after the caller's."""
         seconds = self._timeout
         if timeout is not None:
             seconds = _checks.check_seconds("timeout", timeout)
-        deadline = None if seconds is None else time.monotonic() + seconds
+        deadline = None if seconds is None else self._clock() + seconds
         if caller is None or caller.deadline is None:
             return deadline
         return caller.deadline if deadline is None else min(caller.deadline, deadline)
@@ -424,7 +530,12 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 spec=self._spec,
                 worker=self._worker,
                 scheduler=Scheduler(
-                    max_queue=self._max_queue, counters=self._counters, lock=self._lock
+                    max_queue=self._max_queue,
+                    max_bytes=self._max_queue_bytes,
+                    policy=self._queue_policy,
+                    counters=self._counters,
+                    lock=self._lock,
+                    clock=self._clock,
                 ),
                 usage=self._usage,
                 home=_port_here(),

@@ -11,40 +11,63 @@ Guarantees
 
 from __future__ import annotations
 
-import random
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
+from . import _refusals
+from ._batch import BatchCall, BatchFunction
+from ._buffer import StreamCall
 from ._call import Call, CallState, Departure
-from ._errors import ClientDisconnected, DeadlineExceeded, Draining, InferenceError, QueueFull
-from ._queue import CallQueue
+from ._errors import InferenceError
+from ._overload import Overload
+from ._queue import CallQueue, size_of
+from ._queue_policy import QueuePolicy
+from ._refusals import ErrorOf, Refusal
 from ._statistics import Counters, moving_average
-
-ErrorOf = Callable[[Call], InferenceError]
-"""Makes the error for one call. Runs under the lock, so it must not run foreign code."""
-
-Refusal = Callable[[float], InferenceError]
-"""Makes the error for a call that is not let in, from the seconds until it may be repeated."""
+from ._suspended import Suspended
 
 
 class Scheduler:
     """The queue in front of one inference thread, from its start to its end.
 
+    :param max_queue: how many calls may wait
+    :param max_bytes: how many bytes their arguments may hold
+    :param policy: in what order, and for how long
     :param counters: the runner's books, which outlive this scheduler
     :param lock: guards the counters and everything in here
+    :param clock: what deadlines are on
     """
 
-    def __init__(self, *, max_queue: int, counters: Counters, lock: threading.RLock) -> None:
+    def __init__(
+        self,
+        *,
+        max_queue: int,
+        max_bytes: int | None = None,
+        policy: QueuePolicy = QueuePolicy(),
+        counters: Counters,
+        lock: threading.RLock,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
         self._lock = lock
+        self._policy = policy
+        self._counts_bytes = max_bytes is not None
         self._counters = counters  # guarded by _lock
-        self._queue = CallQueue(max_queue)  # guarded by _lock
-        self._running: Call | None = None  # guarded by _lock
-        self._refusal: Refusal | None = None  # guarded by _lock
-        self._stopped = False  # guarded by _lock
-        self._idle = False  # guarded by _lock: the thread sleeps, or is about to
-        self._idle_waiters: list[Future[None]] = []  # guarded by _lock
+        # All of these are guarded by _lock:
+        self._queue = CallQueue(max_queue, max_bytes=max_bytes, ageing=policy.ageing)
+        self._overload = Overload(policy)
+        self._suspended = Suspended()
+        self._running: Call | None = None  # has the slot; of a batch, the call that leads it
+        self._refusal: Refusal | None = None
+        self._stopped = False
+        self._idle = False  # the thread sleeps, or is about to
+        self._look_again = math.inf  # when it is to wake up by itself
+        self._stream_time = 0.0  # seconds that a stream runs, moving average
+        self._stream_next = False  # whose turn it is: a suspended stream's, or the queue's
+        self._idle_waiters: list[Future[None]] = []
         # A binary semaphore: the thread sleeps in acquire(); whoever clears _idle releases.
         self._wake_up = threading.Lock()
         self._wake_up.acquire()
@@ -54,28 +77,34 @@ class Scheduler:
     def admit(self, call: Call) -> None:
         """Queue ``call``, or refuse it.
 
-        :raises QueueFull: ``max_queue`` calls wait already
-        :raises DeadlineExceeded: the predicted wait is longer than the call's time
+        :raises QueueFull: as much waits already as ``max_queue`` and ``max_queue_bytes`` allow,
+            or the queue has stood for too long
+        :raises DeadlineExceeded: the call is not going to end in its time
         :raises InferenceError: the runner is stopping, or has no model
         """
-        call.arrived = time.monotonic()
+        call.arrived = self.clock()
+        if self._counts_bytes and call.work is not None:
+            call.size = size_of(call.work)
+        dropped: list[Call] = []
+        refusal: InferenceError | None = None
         with self._lock:
             self._counters.submitted += 1
             # The usual case is settled here; everything that might refuse is looked at apart.
-            if call.deadline is not None or self._refusal is not None or self._queue.full:
-                expired, refusal = self._examine(call)
-            else:
-                expired, refusal = [], None
+            queue = self._queue
+            if call.deadline is not None or self._refusal is not None or queue.too_small_for(call):
+                dropped, refusal = self._examine(call)
             if refusal is None:
-                self._queue.push(call)
+                queue.push(call)
+                if type(call) is BatchCall:
+                    call.function.arrived(call.arrived)
                 wake_up, self._idle = self._idle, False
             else:
                 self._counters.rejected += 1
                 wake_up = False
         if wake_up:
             self._wake_up.release()
-        if expired:
-            _post(expired)
+        if dropped:
+            _post(dropped)
         if refusal is not None:
             raise refusal
 
@@ -95,6 +124,9 @@ class Scheduler:
                 self._counters.late += 1
             else:
                 return False
+        if type(call) is StreamCall:
+            call.buffer.close()
+            self.resume(call)  # so that the thread comes and ends it
         return True
 
     def withdraw(self, call: Call) -> bool:
@@ -105,65 +137,106 @@ class Scheduler:
 
     def expire(self, call: Call) -> bool:
         """The call's deadline has passed: its caller leaves with ``DeadlineExceeded``."""
-        return self.leave(call, Departure.EXPIRED, _deadline_exceeded)
+        return self.leave(call, Departure.EXPIRED, self._deadline_exceeded)
 
     def disconnect(self, call: Call) -> None:
         """The call's client has gone: its caller is woken with ``ClientDisconnected``."""
-        self.send_away([call], _client_disconnected)
+        self.send_away([call], _refusals.client_disconnected)
+
+    def resume(self, call: StreamCall) -> None:
+        """There is room again in the buffer of a suspended stream."""
+        with self._lock:
+            wake_up = self._suspended.resume(call) and self._idle
+            if wake_up:
+                self._idle = False
+        if wake_up:
+            self._wake_up.release()
 
     # -- for the inference thread --------------------------------------------------------------
 
     def take(self) -> Call | None:
         """Claim the next call, sleeping until there is one; None when it is time to stop."""
         while True:
-            with self._lock:
-                call = self._claim(time.monotonic())
-                if call is None:
-                    self._notify_if_idle()
-                    self._idle = not self._stopped
-                    if self._stopped:
-                        return None
+            call, over = self.poll()
+            if over:
+                return None
             if call is None:
-                self._wake_up.acquire()
+                self._sleep()
             elif call.state is CallState.RUNNING:
                 return call
             else:
                 call.port.post(call.waiter)
                 del call  # while it sleeps, the thread holds no call alive
 
+    def poll(self) -> tuple[Call | None, bool]:
+        """Claim the next call, or take it out of the queue if it is too late to run it.
+
+        :returns: the call, and whether there is none and it is time to stop
+        """
+        with self._lock:
+            call = self._claim(self.clock())
+            if call is None:
+                self._notify_if_idle()
+                over = self._stopped and not self._suspended
+                self._idle = not over
+                return None, over
+        return call, False
+
     def finish(self, call: Call, value: object, error: BaseException | None) -> Call | None:
         """The function has ended: close the books on ``call``, and settle it if it is awaited.
 
         :returns: the next call, claimed as by ``take``, if one is waiting
         """
-        call.work = None  # the arguments may be large
-        call.ended = ended = time.monotonic()
+        call.ended = ended = self.clock()
         with self._lock:
-            call.state = CallState.FINISHED
-            counters = self._counters
-            awaited = call.departure is None
-            if awaited:
-                call.value = value
-                call.error = error
-                if error is None:
-                    counters.completed += 1
-                else:
-                    counters.failed += 1
-            else:
-                self._count(call.departure)
-            counters.service_time = moving_average(counters.service_time, ended - call.started)
+            awaited = self._close(call, value, error)
+            self._note_time(call, ended - call.started)
             self._running = None
-            counters.running = 0
             following = self._claim(ended)
         if awaited:
             call.port.post(call.waiter)
-        if following is None or following.state is CallState.RUNNING:
-            return following
-        following.port.post(following.waiter)
-        return None
+        return _running_or_posted(following)
+
+    def settle(self, outcomes: Iterable[tuple[Call, object, BaseException | None]]) -> None:
+        """Some calls of the batch that runs have ended, each with a value or an error."""
+        ended = self.clock()
+        awaited = []
+        with self._lock:
+            for call, value, error in outcomes:
+                call.ended = ended
+                if self._close(call, value, error):
+                    awaited.append(call)
+        _post(awaited)
+
+    def finish_batch(self, leader: BatchCall) -> Call | None:
+        """All calls of the batch have been settled; returns as ``finish`` does."""
+        with self._lock:
+            self._note_time(leader, leader.ended - leader.started)
+            self._running = None
+            following = self._claim(leader.ended)
+        return _running_or_posted(following)
+
+    def note_batch(self, function: BatchFunction, size: int, seconds: float | None) -> None:
+        """``size`` calls have run together, and taken ``seconds``; None if they have failed."""
+        with self._lock:
+            if seconds is None:
+                self._counters.batches_split += 1
+            else:
+                function.cost.add(size, seconds)
+            sizes = self._counters.batch_sizes
+            sizes[size] = sizes.get(size, 0) + 1
+
+    def suspend(self, call: StreamCall) -> Call | None:
+        """A stream that lets others run has had its turn; returns as ``finish`` does."""
+        with self._lock:
+            now = self.clock()
+            self._suspended.add(call, now)
+            self._running = None
+            following = self._claim(now)
+        return _running_or_posted(following)
 
     def current(self) -> Call | None:
-        """The call that runs."""
+        """The call that runs; of a batch, the one that leads it."""
         return self._running
 
     # -- for the runner ------------------------------------------------------------------------
@@ -188,15 +261,15 @@ class Scheduler:
         _post(dropped)
 
     def abandon_running(self, error: ErrorOf) -> str | None:
-        """Send the caller of the running call away; return the function's name, if one runs."""
+        """Send the callers of what has begun away; return a function's name, if one runs."""
         with self._lock:
-            call = self._running
-            name = None if call is None else call.name
-        self.send_away([] if call is None else [call], error)
+            calls = self._begun()
+            name = calls[0].name if calls else None
+        self.send_away(calls, error)
         return name
 
     def stop(self) -> None:
-        """Let ``take`` return None once the queue is empty."""
+        """Let ``take`` return None once nothing waits and nothing has begun."""
         with self._lock:
             self._stopped = True
             wake_up, self._idle = self._idle, False
@@ -223,51 +296,213 @@ class Scheduler:
 
     def orphans(self) -> list[Call]:
         """The same, read without the lock: a forked child may never get that."""
-        calls = list(self._queue)
-        return calls if self._running is None else [self._running, *calls]
+        return [*self._begun(), *self._queue]
 
     @property
     def queued(self) -> int:
         """How many calls wait. To be read under the lock, or as a hint."""
         return len(self._queue)
 
-    # -- under the lock ------------------------------------------------------------------------
+    @property
+    def queued_bytes(self) -> int:
+        """What their arguments hold, where it is counted. To be read likewise."""
+        return self._queue.bytes
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether the queue has stood for too long. To be read likewise."""
+        return self._overload.active
+
+    # -- under the lock: what runs next --------------------------------------------------------
 
     def _claim(self, now: float) -> Call | None:
-        """Take the next call out of the queue: to run it, or to drop it if it is too late."""
-        call = self._queue.pop()
-        if call is not None:
-            if call.deadline is None or now < call.deadline:
-                call.state = CallState.RUNNING
-                call.started = now
-                self._running = call
-                self._counters.running = 1
-            else:
-                # Even if the thread is free in the very tick of the deadline: too late.
-                self._drop([call], Departure.EXPIRED, _deadline_exceeded)
+        """Take the next call: to run it, or to drop it if it is too late for that."""
+        call = self._next(now)
+        if call is None or call.state is CallState.RUNNING:
+            self._running = call
+            return call
+        self._queue.remove(call)
+        if self._drop_if_late(call, now):
+            return call
+        self._begin(call, now)
+        self._running = call
+        if type(call) is BatchCall:
+            call.members = self._gather(call, now)
         return call
+
+    def _begin(self, call: Call, now: float) -> None:
+        call.state = CallState.RUNNING
+        call.started = now
+        self._counters.running += 1
+
+    def _next(self, now: float) -> Call | None:
+        """Who is next: of the queue, or of the streams that let others run in between."""
+        suspended = self._suspended
+        if suspended:
+            for stream in suspended.stalled(now):
+                self.leave(stream, Departure.EXPIRED, _refusals.stalled)
+        call = self._queue.first()
+        self._look_again = math.inf
+        if suspended.ready and (self._stream_next or call is None):
+            self._stream_next = False
+            return suspended.next()
+        self._stream_next = True
+        if call is None:
+            self._overload.end()
+            self._look_again = suspended.next_stall if suspended else math.inf
+        elif call.deadline is not None:
+            self._overload.note(_share_waited(call, call.deadline, now), now)
+            if self._overload.active and self._policy.overload == "newest":
+                call = self._newest(call)
+        if type(call) is BatchCall and call.function.max_delay and self._hold(call, now):
+            return None
+        return call
+
+    def _newest(self, call: Call) -> Call:
+        newest = self._queue.newest()
+        # Who has no time limit must not be overtaken without end.
+        return call if newest is None or newest.deadline is None else newest
+
+    def _hold(self, call: BatchCall, now: float) -> bool:
+        """Whether to wait for more calls to join the batch that ``call`` would lead."""
+        function, waiting = call.function, len(self._queue)
+        others = self._suspended.ready or self._queue.count_of(function) < waiting
+        if others or self._stopped or waiting >= function.max_size:
+            return False
+        until = function.wait_until(waiting, call.arrived)
+        deadlines = [each.deadline for each in self._queue if each.deadline is not None]
+        if deadlines:
+            until = min(until, min(deadlines) - function.cost(waiting + 1))
+        self._look_again = min(until, self._suspended.next_stall)
+        return now < until
+
+    def _gather(self, leader: BatchCall, now: float) -> list[BatchCall]:
+        """The batch: ``leader``, and those behind it that may join, as far as time allows."""
+        function, members = leader.function, [leader]
+        earliest = math.inf if leader.deadline is None else leader.deadline
+        for call in self._queue:
+            if len(members) >= function.max_size:
+                break
+            if (
+                type(call) is not BatchCall
+                or call.function is not function
+                or call.key != leader.key
+            ):
+                continue
+            if call.deadline is not None:
+                earliest = min(earliest, call.deadline)
+            if now + function.cost(len(members) + 1) > earliest:
+                break
+            members.append(call)
+        for call in members[1:]:
+            self._queue.remove(call)
+            self._begin(call, now)
+        return members
+
+    def _drop_if_late(self, call: Call, now: float) -> bool:
+        if call.deadline is None:
+            return False
+        if now >= call.deadline:
+            # Even if the thread is free in the very tick of the deadline: too late.
+            self._drop([call], Departure.EXPIRED, self._deadline_exceeded)
+        elif self._sheds and _share_waited(call, call.deadline, now) > self._policy.target:
+            self._drop([call], Departure.SHED, lambda each: _refusals.shed(each, now))
+        else:
+            return False
+        return True
+
+    @property
+    def _sheds(self) -> bool:
+        return self._overload.active and self._policy.overload == "shed"
+
+    # -- under the lock: who is let in ---------------------------------------------------------
 
     def _examine(self, call: Call) -> tuple[list[Call], InferenceError | None]:
         """What must go to make room for ``call``, and the reason to refuse it, if there is one."""
         if self._refusal is not None:
-            return [], self._refusal(retry_after(self._predicted_wait(call)))
-        expired: list[Call] = []
-        if self._queue.full:
-            expired = self._queue.remove_expired(call.arrived)
-            self._drop(expired, Departure.EXPIRED, _deadline_exceeded)
+            return [], self._refusal(_refusals.retry_after(self._predicted_wait(call)))
+        dropped = self._make_room(call) if self._queue.too_small_for(call) else []
         wait = self._predicted_wait(call)
         if self._queue.full:
-            return expired, _queue_full(len(self._queue), wait)
-        if call.deadline is not None and call.arrived + wait > call.deadline:
-            return expired, _too_little_time(call.deadline - call.arrived, wait)
-        return expired, None
+            return dropped, _refusals.queue_full(len(self._queue), wait)
+        if self._queue.too_small_for(call):
+            return dropped, _refusals.too_many_bytes(call.size, self._queue.bytes, wait)
+        if call.deadline is not None:
+            return dropped, self._too_late(call, call.deadline - call.arrived, wait)
+        return dropped, None
+
+    def _too_late(self, call: Call, left: float, wait: float) -> InferenceError | None:
+        """The error for a call with ``left`` seconds that would not end in time."""
+        # Its own seconds count only if others run before: they then are news. An estimate that
+        # nothing corrects any more must not keep a free thread from being used.
+        needed = wait + self._seconds(call.group, 1) if wait else 0.0
+        if needed > left:
+            return _refusals.too_little_time(left, needed)
+        if self._sheds and wait > self._policy.target * left:
+            return _refusals.overloaded(left, wait)
+        return None
+
+    def _make_room(self, call: Call) -> list[Call]:
+        expired = self._queue.remove_expired(call.arrived)
+        self._drop(expired, Departure.EXPIRED, self._deadline_exceeded)
+        if not self._overload.active or self._policy.overload != "newest":
+            return expired
+        oldest: list[Call] = []
+        for other in sorted(self._queue, key=lambda other: other.arrived):
+            if not self._queue.too_small_for(call):
+                break
+            if other.deadline is not None and other.priority >= call.priority:
+                self._queue.remove(other)
+                oldest.append(other)
+        self._drop(oldest, Departure.SHED, lambda each: _refusals.shed(each, call.arrived))
+        return expired + oldest
 
     def _predicted_wait(self, call: Call) -> float:
-        service_time = self._counters.service_time
-        wait = self._queue.ahead_of(call.priority) * service_time
-        if self._running is not None:
-            wait += max(0.0, service_time - (call.arrived - self._running.started))
+        wait = 0.0
+        running = self._running
+        if running is not None:
+            size = len(running.members) if type(running) is BatchCall else 1
+            runs = call.arrived - running.started
+            wait = max(0.0, self._seconds(running.group, size) - runs)
+        if self._overload.active and self._policy.overload == "newest":
+            return wait
+        for group, count in self._queue.ahead_of(call.priority, call.arrived).items():
+            if group is call.group and isinstance(group, BatchFunction):
+                count -= count % group.max_size  # the rest it joins
+            wait += self._seconds(group, count)
         return wait
+
+    def _seconds(self, group: object, count: int) -> float:
+        """What ``count`` calls of a group are going to take."""
+        if isinstance(group, BatchFunction):
+            return group.seconds(count)
+        return count * (self._counters.service_time if group is None else self._stream_time)
+
+    # -- under the lock: the books -------------------------------------------------------------
+
+    def _close(self, call: Call, value: object, error: BaseException | None) -> bool:
+        """``call`` has ended; return whether anybody waits for the outcome."""
+        call.work = None  # the arguments may be large
+        call.state = CallState.FINISHED
+        counters = self._counters
+        counters.running -= 1
+        if call.departure is not None:
+            self._count(call.departure)
+            return False
+        call.value = value
+        call.error = error
+        if error is None:
+            counters.completed += 1
+        else:
+            counters.failed += 1
+        return True
+
+    def _note_time(self, call: Call, seconds: float) -> None:
+        counters = self._counters
+        if type(call) is StreamCall:
+            self._stream_time = moving_average(self._stream_time, seconds)
+        else:
+            counters.service_time = moving_average(counters.service_time, seconds)
 
     def _drop(self, calls: Iterable[Call], departure: Departure, error: ErrorOf | None) -> None:
         for call in calls:
@@ -277,73 +512,55 @@ class Scheduler:
             call.work = None  # the arguments may be large
             self._count(departure)
 
-    def _count(self, departure: Departure | None) -> None:
+    def _count(self, departure: Departure) -> None:
         if departure is Departure.EXPIRED:
             self._counters.expired += 1
-        else:
+        elif departure is Departure.CANCELLED:
             self._counters.cancelled += 1
+        else:
+            self._counters.rejected += 1
+
+    def _begun(self) -> list[Call]:
+        """What has started and not ended, the call that runs first."""
+        running = self._running
+        begun = running.members if type(running) is BatchCall else [running]
+        return [call for call in begun if call is not None] + [*self._suspended.calls()]
+
+    def _deadline_exceeded(self, call: Call) -> InferenceError:
+        return _refusals.deadline_exceeded(call, self.clock())
 
     def _notify_if_idle(self) -> None:
-        if self._idle_waiters and self._running is None and not self._queue:
+        if self._idle_waiters and not (self._running or self._queue or self._suspended):
             waiters, self._idle_waiters = self._idle_waiters, []
             for future in waiters:
                 future.set_result(None)
 
+    # -- the thread's sleep --------------------------------------------------------------------
 
-def stopped(call: Call) -> Draining:
-    """The error for an accepted call that has not ended when the runner stops."""
-    if call.state is CallState.QUEUED:
-        message = "the runner stopped before it could run this call"
-    else:
-        message = f"the runner stopped while {call.name} was still running; its result is lost"
-    return Draining(message, retry_after=retry_after(0.0))
-
-
-def _deadline_exceeded(call: Call) -> DeadlineExceeded:
-    now = time.monotonic()
-    if call.state is CallState.QUEUED:
-        return DeadlineExceeded(
-            f"the call's time was up after {now - call.arrived:.3g} s of waiting; it never ran",
-            started=False,
-            retry_after=retry_after(now - call.arrived),
-        )
-    return DeadlineExceeded(
-        f"the call's time was up after {now - call.started:.3g} s of running; it runs on, and "
-        f"its result will be thrown away",
-        started=True,
-    )
+    def _sleep(self) -> None:
+        if self._look_again == math.inf:
+            self._wake_up.acquire()
+        elif not self._wake_up.acquire(timeout=max(0.0, self._look_again - self.clock())):
+            with self._lock:
+                woken, self._idle = not self._idle, False
+            if woken:  # in the very moment: the release is on its way, and there must be one only
+                self._wake_up.acquire()
 
 
-def _queue_full(queued: int, wait: float) -> QueueFull:
-    return QueueFull(
-        f"{queued} calls are waiting, as many as max_queue allows; repeat the call later, or "
-        f"raise max_queue if clients can wait that long",
-        retry_after=retry_after(wait),
-    )
+def _share_waited(call: Call, deadline: float, now: float) -> float:
+    """What share of its time ``call`` has spent on waiting."""
+    return (now - call.arrived) / max(1e-9, deadline - call.arrived)
 
 
-def _too_little_time(left: float, wait: float) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"the call has {left:.3g} s and would wait about {wait:.3g} s; it was not queued",
-        started=False,
-        retry_after=retry_after(wait),
-    )
-
-
-def _client_disconnected(call: Call) -> ClientDisconnected:
-    ran = "before its call ran" if call.state is CallState.QUEUED else "while its call ran"
-    return ClientDisconnected(f"the client hung up {ran}")
+def _running_or_posted(call: Call | None) -> Call | None:
+    """``call``, if it was claimed to run; one that was dropped has its caller woken."""
+    if call is None or call.state is CallState.RUNNING:
+        return call
+    call.port.post(call.waiter)
+    return None
 
 
 def _post(calls: Iterable[Call]) -> None:
-    """Wake the callers of calls that were dropped with an error."""
+    """Wake the callers of calls that have ended, or were dropped with an error."""
     for call in calls:
         call.port.post(call.waiter)
-
-
-def retry_after(wait: float) -> float:
-    """Seconds for ``Retry-After``: the predicted wait, within 1 and 60, give or take a fifth.
-
-    The jitter keeps clients that were refused together from coming back together.
-    """
-    return min(60.0, max(1.0, wait * random.uniform(0.8, 1.2)))  # noqa: S311  # no secret

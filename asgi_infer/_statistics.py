@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -28,15 +29,25 @@ class RunnerStatistics:
     expired: int
     """Accepted, and the deadline passed before the result was there."""
     rejected: int
-    """Refused on arrival: queue full, stopping, not ready, or too little time."""
+    """Refused on arrival: queue full, stopping, not ready, or too little time. Or dropped from a
+    queue that had stood for too long: see ``QueuePolicy``."""
     queued: int
     """Waiting now."""
+    queued_bytes: int
+    """What the arguments of those hold, if ``max_queue_bytes`` is set."""
     running: int
-    """Running now: 0 or 1."""
+    """Begun and not ended. More than one are the calls of a batch, and streams that let others
+    run between two items: one function runs at a time."""
     late: int
     """Calls that ran on after their caller had left. They count as cancelled or expired too."""
     service_time: float
-    """Seconds a call runs, moving average."""
+    """Seconds a call runs, or a batch of them, moving average. Streams are not in it."""
+    batch_sizes: Mapping[int, int]
+    """How often so many calls of a ``Batcher`` have run together: ``{size: count}``."""
+    batches_split: int
+    """How often a batch has failed and been run again, in two halves."""
+    overloaded: bool
+    """Whether the queue has stood for too long: see ``QueuePolicy``."""
     cores_used: float
     """CPUs that the whole process keeps busy while a call runs."""
     switches_per_call: float
@@ -69,6 +80,8 @@ class Counters:
     late: int = 0
     running: int = 0
     service_time: float = 0.0
+    batches_split: int = 0
+    batch_sizes: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

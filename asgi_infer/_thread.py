@@ -16,14 +16,15 @@ import contextvars
 import ctypes
 import logging
 import threading
-import time
 import traceback
-from typing import Any
 
-from ._call import Call, Port, Work, here
-from ._errors import CallCancelled, CallFailed, Draining, NotReady, describe
-from ._model import name_of
-from ._scheduler import Scheduler, retry_after, stopped
+from ._batch import BatchCall
+from ._buffer import StreamCall
+from ._call import Call, Port, here
+from ._errors import Draining, NotReady, describe
+from ._execute import as_error, run_batch, run_call, step_stream
+from ._refusals import retry_after, stopped
+from ._scheduler import Scheduler
 from ._statistics import Usage
 from ._watch import Watch
 from .workers._protocol import ModelSpec, OpenWorker, Worker
@@ -140,6 +141,7 @@ class InferenceThread:
 
     def _main(self) -> None:
         here.current_call = self.scheduler.current
+        here.clock = self.scheduler.clock
         contextvars.Context().run(self._live)  # from 3.14 on a thread may inherit its starter's
 
     def _live(self) -> None:
@@ -159,7 +161,7 @@ class InferenceThread:
         try:
             return self._worker.open(self._spec)
         except BaseException as exception:
-            self._fail(_as_error(exception, (self._spec.load, ())))
+            self._fail(as_error(exception, (self._spec.load, ())))
             return None
 
     def _fail(self, error: Exception) -> None:
@@ -192,47 +194,26 @@ class InferenceThread:
             return False
         watch.reset()
         while call is not None:
+            if type(call) is StreamCall:
+                call = step_stream(worker, self.scheduler, call)
+                watch.reset()  # it may have slept until there was room for an item
+                continue
             if call.started >= watch.next_look:
                 watch.look_at(call)
-            value: Any = None
-            error: Exception | None = None
-            try:
-                value = worker.execute(call)
-            except BaseException as exception:
-                if isinstance(exception, CallCancelled):
-                    self._give_up(call)
-                error = _as_error(exception, call.work)
-            watch.end(call)
-            call = self.scheduler.finish(call, value, error)
-            del value, error  # it is the caller's now, and its traceback refers to this frame
+            if type(call) is BatchCall:
+                run_batch(worker, self.scheduler, call)
+                watch.end(call)
+                call = self.scheduler.finish_batch(call)
+            else:
+                value, error = run_call(worker, self.scheduler, call)
+                watch.end(call)
+                call = self.scheduler.finish(call, value, error)
+                del value, error  # the caller's now, and its traceback refers to this frame
             if watch.news is not None:
                 watch.attend()
         return True
-
-    def _give_up(self, call: Call) -> None:
-        # The function stopped for its deadline before anybody else noticed that it had passed.
-        too_late = call.deadline is not None and time.monotonic() >= call.deadline
-        if too_late and self.scheduler.expire(call):
-            call.port.post(call.waiter)
 
 
 def leak(thing: object) -> None:
     """Never destroy ``thing``."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
-
-
-def _as_error(exception: BaseException, work: Work | None) -> Exception:
-    """The exception in a form that may cross into the caller's task."""
-    name = "the function" if work is None else name_of(work[0])
-    if isinstance(exception, StopIteration | StopAsyncIteration):
-        # Neither can cross a future or a coroutine: there they mean "returned".
-        error: Exception = RuntimeError(f"{name} raised {type(exception).__name__}")
-    elif isinstance(exception, concurrent.futures.CancelledError) or not isinstance(
-        exception, Exception
-    ):
-        error = CallFailed(f"{name} ended with {type(exception).__name__}, which is no error")
-    else:
-        return exception
-    error.__cause__ = exception
-    error.__traceback__ = exception.__traceback__
-    return error

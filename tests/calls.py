@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from typing import Any
 
-from asgi_infer._call import Call, Port
+from asgi_infer._call import Call, Port, Work
 
 
 class RecordingPort:
@@ -39,6 +39,11 @@ class RecordingPort:
             function()
 
 
+def work_of(func: Any, *args: Any) -> tuple[Work, Context]:
+    """What a worker gets of a call."""
+    return (func, args), copy_context()
+
+
 def make_call(
     func: Any = len,
     *args: Any,
@@ -46,7 +51,10 @@ def make_call(
     priority: int = 0,
     port: Port | None = None,
     waiter: Any = None,
+    arrived: float = 0.0,
 ) -> Call:
     """A call as a runner would make it."""
     port = RecordingPort() if port is None else port
-    return Call((func, args), copy_context(), deadline, priority, port, waiter)
+    call = Call((func, args), copy_context(), deadline, priority, port, waiter)
+    call.arrived = arrived
+    return call

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_infer._checks import (
+    check_count,
     check_func,
     check_grace,
     check_load,
-    check_max_queue,
     check_name,
     check_plain,
     check_priority,
@@ -225,14 +225,14 @@ def test_priority_refuses_all_else(value: Any) -> None:
 @pytest.mark.parametrize("value", [1, 128, 10**9])
 def test_max_queue_accepts_counts(value: int) -> None:
     """Any count from 1 bounds a queue."""
-    assert check_max_queue(value) == value
+    assert check_count("max_queue", value) == value
 
 
 @pytest.mark.parametrize("value", [0, -1, True, None, 1.0, math.inf, "128"])
 def test_max_queue_refuses_all_else(value: Any) -> None:
     """A queue without a bound, or without room, is refused."""
     with pytest.raises(ValueError, match="max_queue must be an integer of at least 1"):
-        check_max_queue(value)
+        check_count("max_queue", value)
 
 
 def test_name_accepts_text() -> None:

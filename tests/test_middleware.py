@@ -24,11 +24,11 @@ from asgi_infer import (
     InferenceError,
     InferenceMiddleware,
     InferenceRunner,
-    InvalidDeadline,
     runner_from,
 )
 from asgi_infer._call import current_caller
 from asgi_infer._client import Receive, Scope, Send
+from asgi_infer.middleware import InvalidDeadline
 
 from .connections import Connection, respond
 from .gates import LIMIT, Gate

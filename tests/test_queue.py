@@ -77,7 +77,7 @@ def test_remove_expired() -> None:
 def test_ahead_of() -> None:
     """A new call waits for those of lower number, and for its equals that came before."""
     queue = queue_of(*(make_call(priority=p) for p in (0, 0, 1, 5)))
-    assert [queue.ahead_of(p) for p in (-1, 0, 1, 4, 5)] == [0, 2, 3, 3, 4]
+    assert [sum(queue.ahead_of(p, 0.0).values()) for p in (-1, 0, 1, 4, 5)] == [0, 2, 3, 3, 4]
 
 
 def test_many_priorities_leave_nothing_behind() -> None:
@@ -130,7 +130,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(priority=PRIORITIES)
     def ahead(self, priority: int) -> None:
         ahead = sum(call.priority <= priority for call in self.expected)
-        assert self.queue.ahead_of(priority) == ahead
+        assert self.queue.ahead_of(priority, 0.0).get(None, 0) == ahead
 
     @invariant()
     def agree(self) -> None:

@@ -23,7 +23,8 @@ from asgi_infer._errors import (
     NotReady,
     QueueFull,
 )
-from asgi_infer._scheduler import Scheduler, retry_after, stopped
+from asgi_infer._refusals import retry_after, stopped
+from asgi_infer._scheduler import Scheduler
 from asgi_infer._statistics import Counters
 
 from .calls import RecordingPort, make_call
@@ -45,10 +46,13 @@ class Clock:
 class Desk:
     """A scheduler, its books, and where its callers wait."""
 
-    def __init__(self, max_queue: int = 100) -> None:
+    def __init__(self, max_queue: int = 100, clock: Clock | None = None) -> None:
         self.counters = Counters()
         self.scheduler = Scheduler(
-            max_queue=max_queue, counters=self.counters, lock=threading.RLock()
+            max_queue=max_queue,
+            counters=self.counters,
+            lock=threading.RLock(),
+            clock=time.monotonic if clock is None else clock.monotonic,
         )
         self.port = RecordingPort()
 
@@ -92,16 +96,13 @@ def check_law(scheduler: Scheduler, c: Counters) -> None:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(_scheduler, "time", SimpleNamespace(monotonic=clock.monotonic))
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
 def desk(clock: Clock) -> Desk:
-    del clock  # stands still
-    return Desk()
+    return Desk(clock=clock)
 
 
 # -- the usual way -----------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_end_claims_no_late_call(desk: Desk, clock: Clock) -> None:
 
 def test_queue_full(clock: Clock) -> None:
     """As many wait as may: the next is refused at once, and told when to come back."""
-    desk = Desk(max_queue=2)
+    desk = Desk(max_queue=2, clock=clock)
     desk.admit()
     desk.take()
     desk.admit()
@@ -195,7 +196,7 @@ def test_queue_full(clock: Clock) -> None:
 
 def test_queue_full_predicts_the_wait(clock: Clock) -> None:
     """Retry-After: calls ahead times the measured service time, and the running one's rest."""
-    desk = Desk(max_queue=3)
+    desk = Desk(max_queue=3, clock=clock)
     desk.admit()
     call = desk.take()
     clock.now += 4
@@ -212,7 +213,7 @@ def test_queue_full_predicts_the_wait(clock: Clock) -> None:
 
 def test_expired_calls_make_room(clock: Clock) -> None:
     """A full queue is rid of those whose time is up before anybody is refused."""
-    desk = Desk(max_queue=2)
+    desk = Desk(max_queue=2, clock=clock)
     desk.admit("first", deadline=clock.now + 1)
     desk.admit("second", deadline=clock.now + 5)
     clock.now += 1
@@ -223,7 +224,7 @@ def test_expired_calls_make_room(clock: Clock) -> None:
 
 def test_no_room_after_all(clock: Clock) -> None:
     """Room that expired calls made is given out once."""
-    desk = Desk(max_queue=1)
+    desk = Desk(max_queue=1, clock=clock)
     desk.admit(deadline=clock.now + 1)
     clock.now += 1
     desk.admit()
@@ -233,17 +234,18 @@ def test_no_room_after_all(clock: Clock) -> None:
 
 
 def test_too_little_time(desk: Desk, clock: Clock) -> None:
-    """Less time than the predicted wait: refused at once, and told so; enough time is let in."""
+    """Less time than those ahead and itself will take: refused at once, and told so; enough time
+    is let in."""
     desk.admit()
     call = desk.take()
     clock.now += 10
     desk.scheduler.finish(call, None, None)
     desk.admit()
-    desk.admit(deadline=clock.now + 10)
+    desk.admit(deadline=clock.now + 20)
     with pytest.raises(DeadlineExceeded, match="it was not queued") as caught:
-        desk.admit(deadline=clock.now + 19.9)
+        desk.admit(deadline=clock.now + 29.9)
     assert not caught.value.started
-    assert caught.value.retry_after == pytest.approx(20, rel=0.2)
+    assert caught.value.retry_after == pytest.approx(30, rel=0.2)
     desk.books(submitted=4, completed=1, rejected=1)
 
 

@@ -26,7 +26,7 @@ from asgi_infer import (
     ReentrantCall,
     check_cancelled,
 )
-from asgi_infer._call import Call, Departure
+from asgi_infer._call import Call, Departure, Work
 from asgi_infer._errors import CallCancelled, DeadlineExceeded
 from asgi_infer._future import FUTURE_PORT, CallFuture
 from asgi_infer._model import name_of
@@ -57,11 +57,14 @@ class NotingWorker:
             raise self.open_error
         return self
 
-    def execute(self, call: Call, /) -> Any:
-        assert call.work is not None
-        func, args = call.work
+    def execute(self, work: Work, context: contextvars.Context, /) -> Any:
+        del context
+        func, args = work
         self.note(f"execute {name_of(func)}")
         return func(*args)
+
+    def iterate(self, work: Work, context: contextvars.Context, /) -> Any:
+        return self.execute(work, context)
 
     def close(self) -> None:
         self.note("close")

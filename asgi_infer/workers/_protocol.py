@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .._call import Call
+from .._call import Work
 from ..native import NativePolicy
 
 
@@ -20,11 +21,27 @@ class ModelSpec:
     native: NativePolicy
 
 
+class Steps(Protocol):
+    """A generator where the model lives. Used by the inference thread alone."""
+
+    def __next__(self) -> Any:
+        """Its next item; raises ``StopIteration`` when it has ended, and whatever it raises."""
+        ...
+
+    def close(self) -> None:
+        """End it: its ``finally`` blocks run, where the model lives."""
+        ...
+
+
 class OpenWorker(Protocol):
     """A worker with its model loaded. Used by the inference thread alone."""
 
-    def execute(self, call: Call, /) -> Any:
-        """Resolve the references in the call's work, run it, return the result or raise."""
+    def execute(self, work: Work, context: Context, /) -> Any:
+        """Resolve the references in ``work`` and run it in ``context``."""
+        ...
+
+    def iterate(self, work: Work, context: Context, /) -> Steps:
+        """The same for a function that returns a generator; return what steps that."""
         ...
 
     def close(self) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from contextvars import Context
 from dataclasses import dataclass
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import Any
+from typing import Any, NoReturn
 
-from .._call import Call
+from .._call import Work
 from .._model import name_of, resolve_work
 from ._protocol import ModelSpec
 
-_LAZY = {CoroutineType: "coroutine", GeneratorType: "generator", AsyncGeneratorType: "generator"}
+_LAZY = {
+    CoroutineType: "a coroutine",
+    GeneratorType: "a generator",
+    AsyncGeneratorType: "an async generator",
+}
 
 _PLAIN = frozenset(
     {type(None), bool, int, float, str, bytes, list, tuple, dict}
@@ -48,17 +53,28 @@ class OpenThreadWorker:
                 spec.warmup(self._model)
             self._stack = stack.pop_all()
 
-    def execute(self, call: Call, /) -> Any:
+    def execute(self, work: Work, context: Context, /) -> Any:
         """Call the function in its caller's context.
 
         :raises TypeError: it returned something that has yet to run, elsewhere
         """
-        func, args = resolve_work(call.work, self._spec, self._model)
-        result = call.context.run(func, *args)
+        func, args = resolve_work(work, self._spec, self._model)
+        result = context.run(func, *args)
         kind = type(result)
         if kind not in _PLAIN and (kind in _LAZY or hasattr(kind, "__await__")):
             _reject_lazy(result, func)
         return result
+
+    def iterate(self, work: Work, context: Context, /) -> OpenGenerator:
+        """Call the function, which returns a generator, in its caller's context.
+
+        :raises TypeError: it returned something else
+        """
+        func, args = resolve_work(work, self._spec, self._model)
+        generator = context.run(func, *args)
+        if not isinstance(generator, Iterator):
+            _reject_no_generator(generator, func)
+        return OpenGenerator(generator, context, func)
 
     def close(self) -> None:
         """Destroy the model on this thread, then leave the contexts."""
@@ -76,6 +92,28 @@ class OpenThreadWorker:
             gc.collect()
 
 
+class OpenGenerator:
+    """A generator on the current thread, stepped in the context of its caller."""
+
+    def __init__(self, generator: Iterator[Any], context: Context, func: Any) -> None:
+        self._generator = generator
+        self._context = context
+        self._func = func
+
+    def __next__(self) -> Any:
+        item = self._context.run(next, self._generator)
+        kind = type(item)
+        if kind not in _PLAIN and (kind in _LAZY or hasattr(kind, "__await__")):
+            _reject_lazy(item, self._func)
+        return item
+
+    def close(self) -> None:
+        """Run the generator's ``finally`` blocks, if it is one: other iterators have none."""
+        close = getattr(self._generator, "close", None)
+        if close is not None:
+            self._context.run(close)
+
+
 def _load(load: Callable[[], Any]) -> Any:
     model = load()
     if isinstance(model, CoroutineType):
@@ -83,11 +121,23 @@ def _load(load: Callable[[], Any]) -> Any:
     return model
 
 
-def _reject_lazy(result: Any, func: Any) -> None:
-    kind = _LAZY.get(type(result), "awaitable")
-    if hasattr(result, "close"):
+def _reject_no_generator(result: Any, func: Any) -> NoReturn:
+    if hasattr(result, "close") and hasattr(type(result), "__await__"):
         result.close()  # or Python warns that it was never awaited
     raise TypeError(
-        f"{name_of(func)} returned a {kind}, which would run elsewhere than on the inference "
-        f"thread; pass a plain function that returns its result"
+        f"{name_of(func)} returned a {type(result).__qualname__}, and a stream needs a generator: "
+        f"write it with yield, or return iter(...), or use run() for a function with one result"
+    )
+
+
+def _reject_lazy(result: Any, func: Any) -> None:
+    kind = _LAZY.get(type(result), "an awaitable")
+    if hasattr(result, "close"):
+        result.close()  # or Python warns that it was never awaited
+    instead = "pass a plain function that returns its result"
+    if kind == _LAZY[GeneratorType]:
+        instead = "use stream() for it, or return a list"
+    raise TypeError(
+        f"{name_of(func)} returned {kind}, which would run elsewhere than on the inference "
+        f"thread; {instead}"
     )

@@ -27,11 +27,11 @@ from asgi_infer import (
     InferenceRunner,
     NativePolicy,
     RunnerStatistics,
-    ThreadWorker,
     check_cancelled,
     runner_from,
 )
 from asgi_infer.fastapi import RunnerDep, get_runner, named
+from asgi_infer.workers import ThreadWorker
 from asgi_infer.workers._protocol import ModelSpec, OpenWorker, Worker
 
 Image = NDArray[np.float32]

@@ -13,13 +13,14 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from asgi_infer import NativePolicy, ThreadWorker
+from asgi_infer import NativePolicy
 from asgi_infer._model import ModelReference
 from asgi_infer.native import openmp
+from asgi_infer.workers import ThreadWorker
 from asgi_infer.workers._protocol import ModelSpec
 from asgi_infer.workers.thread import OpenThreadWorker
 
-from ..calls import make_call
+from ..calls import work_of
 from ..threads import on_new_thread
 
 
@@ -95,20 +96,20 @@ def on_worker(spec: ModelSpec, func: Callable[[OpenThreadWorker], Any]) -> Any:
 
 def test_execute() -> None:
     """The function is called with its arguments, and its result returned."""
-    assert on_worker(make_spec(), lambda worker: worker.execute(make_call(max, 3, 4))) == 4
+    assert on_worker(make_spec(), lambda worker: worker.execute(*work_of(max, 3, 4))) == 4
 
 
 def test_references_are_resolved() -> None:
     """References to the model lead to it, as function and as argument."""
     spec = make_spec()
     model: Any = ModelReference(spec)
-    call = make_call(model.predict, model.factor)
-    assert on_worker(spec, lambda worker: worker.execute(call)) == 4
+    work = work_of(model.predict, model.factor)
+    assert on_worker(spec, lambda worker: worker.execute(*work)) == 4
 
 
 def test_without_a_model() -> None:
     """A worker may have nothing to load: then it only runs functions."""
-    assert on_worker(make_spec(None), lambda worker: worker.execute(make_call(abs, -3))) == 3
+    assert on_worker(make_spec(None), lambda worker: worker.execute(*work_of(abs, -3))) == 3
 
 
 def test_callers_context() -> None:
@@ -121,8 +122,8 @@ def test_callers_context() -> None:
         return seen
 
     variable.set("caller's")
-    call = make_call(exchange)
-    assert on_worker(make_spec(), lambda worker: worker.execute(call)) == "caller's"
+    work = work_of(exchange)
+    assert on_worker(make_spec(), lambda worker: worker.execute(*work)) == "caller's"
     assert variable.get() == "caller's"
 
 
@@ -145,17 +146,17 @@ class Awaitable:
 @pytest.mark.parametrize(
     ("func", "kind"),
     [
-        (generate, "generator"),
-        (coroutine, "coroutine"),
-        (generate_async, "generator"),
-        (Awaitable, "awaitable"),
-        (lambda: coroutine(), "coroutine"),
+        (generate, "a generator"),
+        (coroutine, "a coroutine"),
+        (generate_async, "an async generator"),
+        (Awaitable, "an awaitable"),
+        (lambda: coroutine(), "a coroutine"),
     ],
 )
 def test_lazy_results_are_refused(func: Callable[[], Any], kind: str) -> None:
     """What has yet to run would run elsewhere: it is closed, and the error says why."""
-    with pytest.raises(TypeError, match=f"returned a {kind}, which would run elsewhere"):
-        on_worker(make_spec(), lambda worker: worker.execute(make_call(func)))
+    with pytest.raises(TypeError, match=f"returned {kind}, which would run elsewhere"):
+        on_worker(make_spec(), lambda worker: worker.execute(*work_of(func)))
 
 
 class Lazy:
@@ -172,7 +173,7 @@ class Lazy:
 )
 def test_results_are_passed_on(value: object) -> None:
     """Any other result is handed on as it is, not a copy."""
-    assert on_worker(make_spec(), lambda w: w.execute(make_call(lambda: value))) is value
+    assert on_worker(make_spec(), lambda w: w.execute(*work_of(lambda: value))) is value
 
 
 # -- the model's life --------------------------------------------------------------------------

@@ -1,0 +1,181 @@
+"""What the inference thread does with what it has claimed: a call, a batch, a step of a stream.
+
+Guarantees
+    * Whatever a function raises becomes the outcome of its call, and of no other.
+    * Every call of a batch is settled once, by the time that ``run_batch`` returns.
+    * A generator is stepped and closed here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Sequence
+from typing import Any, cast
+
+from ._batch import BatchCall
+from ._buffer import StreamCall
+from ._call import Call, Departure, Work
+from ._errors import CallCancelled, CallFailed
+from ._model import name_of
+from ._refusals import stalled
+from ._scheduler import Scheduler
+from .workers._protocol import OpenWorker, Steps
+
+
+def run_call(worker: OpenWorker, scheduler: Scheduler, call: Call) -> tuple[Any, Exception | None]:
+    """Run the function of ``call``; return its value, or the error."""
+    work = cast("Work", call.work)  # it runs: nobody has let go of it
+    try:
+        return worker.execute(work, call.context), None
+    except BaseException as exception:
+        if isinstance(exception, CallCancelled):
+            _give_up(scheduler, [call])
+        return None, as_error(exception, work)
+
+
+# -- batches -----------------------------------------------------------------------------------
+
+
+class WrongResults(TypeError):
+    """What a batch function returned can't be told apart: no fault of any of the items."""
+
+
+def run_batch(worker: OpenWorker, scheduler: Scheduler, batch: BatchCall) -> None:
+    """Run the calls of a batch together, and settle each.
+
+    A batch that fails is run again in two halves, and so on, until what fails is alone: of n
+    calls one that fails costs at most ``2 * log2(n)`` calls of the function more, and any
+    number of them ``2 * n - 2``. Calls that nobody waits for any more are left out of those.
+    """
+    parts: list[list[BatchCall]] = [batch.members]
+    while parts:
+        calls = _still_awaited(scheduler, parts.pop())
+        if not calls:
+            continue
+        error = _run_together(worker, scheduler, calls)
+        if error is None:
+            continue
+        if len(calls) == 1 or isinstance(error, WrongResults | CallCancelled):
+            _fail(scheduler, calls, error)
+        else:
+            middle = len(calls) // 2
+            parts += [calls[middle:], calls[:middle]]
+
+
+def _still_awaited(scheduler: Scheduler, calls: list[BatchCall]) -> list[BatchCall]:
+    gone = [call for call in calls if call.departure is not None]
+    if gone:
+        scheduler.settle((call, None, None) for call in gone)
+        calls = [call for call in calls if call not in gone]
+    return calls
+
+
+def _run_together(
+    worker: OpenWorker, scheduler: Scheduler, calls: Sequence[BatchCall]
+) -> BaseException | None:
+    """Run the function once, and settle ``calls`` if it succeeds; else return the error."""
+    function = calls[0].function
+    began = scheduler.clock()
+    seconds: float | None = None
+    try:
+        joined = function.join([call.item for call in calls])
+        returned = worker.execute((function.func, (joined,)), function.context)
+        del joined
+        values = _split(function, returned, len(calls))
+        seconds = scheduler.clock() - began
+    except BaseException as error:
+        return error
+    finally:
+        scheduler.note_batch(function, len(calls), seconds)
+    scheduler.settle(zip(calls, values, [None] * len(calls), strict=True))
+    return None
+
+
+def _split(function: Any, returned: Any, count: int) -> Sequence[Any]:
+    try:
+        values: Sequence[Any] = function.split(returned, count)
+    except TypeError as error:
+        raise WrongResults(f"{name_of(function)} {error}") from None
+    return values
+
+
+def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException) -> None:
+    if isinstance(error, CallCancelled):
+        _give_up(scheduler, calls)
+    if len(calls) == 1:
+        errors = [as_error(error, calls[0].work)]
+    else:  # one for each: an error that is raised in many tasks at once has a traceback of none
+        errors = [as_error(type(error)(*error.args), call.work) for call in calls]
+    scheduler.settle((call, None, each) for call, each in zip(calls, errors, strict=True))
+
+
+# -- streams -----------------------------------------------------------------------------------
+
+
+def step_stream(worker: OpenWorker, scheduler: Scheduler, call: StreamCall) -> Call | None:
+    """Step a generator until it ends, or once if others may run in between; return who is next."""
+    error: Exception | None = None
+    try:
+        if call.steps is None:
+            call.steps = worker.iterate(cast("Work", call.work), call.context)
+        if _step(scheduler, call, call.steps):
+            return scheduler.suspend(call)
+        call.steps.close()
+    except BaseException as exception:
+        if isinstance(exception, CallCancelled):
+            _give_up(scheduler, [call])
+        error = as_error(exception, call.work)
+    call.steps = None  # destroyed here, on the thread that made it
+    return scheduler.finish(call, None, error)
+
+
+def _step(scheduler: Scheduler, call: StreamCall, steps: Steps) -> bool:
+    """Put items into the buffer; return whether others may run before the next one."""
+    buffer = call.buffer
+    while _wanted(scheduler, call):
+        try:
+            buffer.put(next(steps))
+        except StopIteration:
+            return False
+        if call.interleave:
+            return True
+        if buffer.full and not buffer.wait_for_room(call.stall_timeout):
+            scheduler.leave(call, Departure.EXPIRED, stalled)
+    return False
+
+
+def _wanted(scheduler: Scheduler, call: StreamCall) -> bool:
+    """Whether anybody waits for the next item."""
+    if not call.given_up(scheduler.clock()):
+        return True
+    _give_up(scheduler, [call])
+    return False
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+def _give_up(scheduler: Scheduler, calls: Sequence[Call]) -> None:
+    """A function stopped for a deadline before anybody else noticed that it had passed."""
+    now = scheduler.clock()
+    for call in calls:
+        too_late = call.deadline is not None and now >= call.deadline
+        if too_late and scheduler.expire(call):
+            call.port.post(call.waiter)
+
+
+def as_error(exception: BaseException, work: Work | None) -> Exception:
+    """The exception in a form that may cross into the caller's task."""
+    name = "the function" if work is None else name_of(work[0])
+    if isinstance(exception, StopIteration | StopAsyncIteration):
+        # Neither can cross a future or a coroutine: there they mean "returned".
+        error: Exception = RuntimeError(f"{name} raised {type(exception).__name__}")
+    elif isinstance(exception, concurrent.futures.CancelledError) or not isinstance(
+        exception, Exception
+    ):
+        error = CallFailed(f"{name} ended with {type(exception).__name__}, which is no error")
+    else:
+        return exception
+    error.__cause__ = exception
+    error.__traceback__ = exception.__traceback__
+    return error
