@@ -526,21 +526,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
             if previous is not None and not (again and previous.over):
                 return previous
             openmp.release_pools()
-            thread = InferenceThread(
-                spec=self._spec,
-                worker=self._worker,
-                scheduler=Scheduler(
-                    max_queue=self._max_queue,
-                    max_bytes=self._max_queue_bytes,
-                    policy=self._queue_policy,
-                    counters=self._counters,
-                    lock=self._lock,
-                    clock=self._clock,
-                ),
-                usage=self._usage,
-                home=_port_here(),
-                previous=previous,
-            )
+            thread = self._make_thread(previous)
             try:
                 thread.start()
             except RuntimeError as error:
@@ -549,6 +535,23 @@ class InferenceRunner(Executor, Generic[ModelT]):
             _exit.stop_at_exit(thread)
             self._thread = thread
             return thread
+
+    def _make_thread(self, previous: InferenceThread | None) -> InferenceThread:
+        return InferenceThread(
+            spec=self._spec,
+            worker=self._worker,
+            scheduler=Scheduler(
+                max_queue=self._max_queue,
+                max_bytes=self._max_queue_bytes,
+                policy=self._queue_policy,
+                counters=self._counters,
+                lock=self._lock,
+                clock=self._clock,
+            ),
+            usage=self._usage,
+            home=_port_here(),
+            previous=previous,
+        )
 
     async def _enter(self, startup_timeout: float | None) -> None:
         """One user more, who waits for the model; who gets no model is no user."""
