@@ -11,5 +11,21 @@ pytest users load the fixture with ``pytest_plugins = ["asgi_infer.testing.fixtu
 from ._clock import VirtualClock
 from ._faults import Faults
 from ._inline import InlineRunner, run_inline
+from ._load import Batching, Request, burst, poisson, steady
+from ._report import Outcome, Report
+from ._simulation import Simulation
 
-__all__ = ["Faults", "InlineRunner", "VirtualClock", "run_inline"]
+__all__ = [
+    "Batching",
+    "Faults",
+    "InlineRunner",
+    "Outcome",
+    "Report",
+    "Request",
+    "Simulation",
+    "VirtualClock",
+    "burst",
+    "poisson",
+    "run_inline",
+    "steady",
+]

@@ -60,9 +60,7 @@ class Faults:
         """As many calls wait as ``max_queue`` allows: new ones get ``QueueFull``."""
         return self._while(full=True)
 
-    def failing(
-        self, error: BaseException | type[BaseException]
-    ) -> AbstractContextManager[None]:
+    def failing(self, error: BaseException | type[BaseException]) -> AbstractContextManager[None]:
         """Functions raise ``error`` instead of being called."""
         return self._while(error=error)
 

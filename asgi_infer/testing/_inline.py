@@ -14,7 +14,7 @@ from threading import RLock
 from typing import Any, TypeVar, cast
 
 from .._buffer import StreamBuffer, StreamCall
-from .._call import Call, CallState, Caller, Work, here
+from .._call import Call, Caller, CallState, Work, here
 from .._errors import ReentrantCall
 from .._runner import InferenceRunner
 from .._scheduler import Scheduler
@@ -311,9 +311,7 @@ class _InlineWorker:
 class OpenInlineWorker(OpenThreadWorker):
     """A model on the thread that calls it; faults strike there."""
 
-    def __init__(
-        self, spec: ModelSpec, model: Any, fault: Fault, scheduler: Scheduler
-    ) -> None:
+    def __init__(self, spec: ModelSpec, model: Any, fault: Fault, scheduler: Scheduler) -> None:
         self._spec = spec
         self._model = model
         self._stack = ExitStack()

@@ -36,7 +36,7 @@ class Inline(Protocol):
 
 @pytest.fixture
 def inline() -> Iterator[Inline]:
-    """Makes runners inline until the test ends: ``runner = inline(app.runner, FakeModel)``."""
+    """Runners that are inline until the test ends: ``runner = inline(app.runner, Fake)``."""
     with ExitStack() as stack:
 
         def make_inline(

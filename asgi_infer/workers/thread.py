@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from .._call import Work
 from .._model import name_of, resolve_work
-from ._protocol import ModelSpec
+from ._protocol import ModelSpec, Steps
 
 _LAZY = {
     CoroutineType: "a coroutine",
@@ -65,7 +65,7 @@ class OpenThreadWorker:
             _reject_lazy(result, func)
         return result
 
-    def iterate(self, work: Work, context: Context, /) -> OpenGenerator:
+    def iterate(self, work: Work, context: Context, /) -> Steps:
         """Call the function, which returns a generator, in its caller's context.
 
         :raises TypeError: it returned something else
