@@ -9,7 +9,6 @@ pytest users load the fixture with ``pytest_plugins = ["asgi_infer.testing.fixtu
 """
 
 from ._clock import VirtualClock
-from ._faults import Faults
 from ._inline import InlineRunner, run_inline
 from ._load import Batching, Request, burst, poisson, steady
 from ._report import Outcome, Report
@@ -17,7 +16,6 @@ from ._simulation import Simulation
 
 __all__ = [
     "Batching",
-    "Faults",
     "InlineRunner",
     "Outcome",
     "Report",

@@ -37,7 +37,7 @@ class Fault:
 
 
 class Faults:
-    """Blocks in which calls go wrong. They can be nested, and used as decorators.
+    """Blocks in which calls go wrong. They can be nested.
 
     Each brings about what happens in earnest, so that errors, headers and statistics are those
     that clients and dashboards would see.

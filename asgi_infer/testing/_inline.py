@@ -94,7 +94,10 @@ class InlineRunner(InferenceRunner[ModelT], Faults):
         return theirs if deadline is None else min(theirs, deadline)
 
     def __del__(self) -> None:
-        """Nothing to warn of: there is no thread that goes on."""
+        # No warning, unlike a runner with a thread that would go on. Only the model has to go.
+        thread: InferenceThread | None = getattr(self, "_thread", None)
+        if thread is not None:
+            thread.stop_soon()
 
 
 @contextmanager

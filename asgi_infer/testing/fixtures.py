@@ -36,7 +36,14 @@ class Inline(Protocol):
 
 @pytest.fixture
 def inline() -> Iterator[Inline]:
-    """Runners that are inline until the test ends: ``runner = inline(app.runner, Fake)``."""
+    """Makes runners inline, for as long as the test lasts.
+
+    ::
+
+        def test_a_full_queue(inline):
+            with inline(app_module.runner, FakeModel).full():
+                ...
+    """
     with ExitStack() as stack:
 
         def make_inline(
