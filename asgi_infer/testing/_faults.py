@@ -49,7 +49,7 @@ class Faults:
     _fault: Fault
 
     def slow(self, seconds: float) -> AbstractContextManager[None]:
-        """Each call takes ``seconds`` on the clock, and so does each item of a stream.
+        """Each call takes ``seconds`` on the clock, and so does each step of a stream.
 
         A call whose time is shorter gets ``DeadlineExceeded(started=True)``, and counts as late:
         its function runs, and ``check_cancelled()`` inside it raises.
