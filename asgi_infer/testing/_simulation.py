@@ -246,11 +246,11 @@ class Client:
 
     def call_soon_threadsafe(self, func: Callable[[], object], /) -> bool:
         """Nobody asks for that."""
-        raise NotImplementedError
+        raise NotImplementedError  # pragma: no cover  # no event loop, and no watch
 
     def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
         """Nor for that."""
-        raise NotImplementedError
+        raise NotImplementedError  # pragma: no cover  # the same
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -359,4 +359,4 @@ class _Worker:
 
     def close(self) -> None:
         """There is no model."""
-        raise NotImplementedError
+        raise NotImplementedError  # pragma: no cover  # what has ended need not be closed

@@ -129,6 +129,14 @@ async def test_time_passes_on_demand() -> None:
     assert (statistics.expired, statistics.late, statistics.completed) == (2, 2, 2)
 
 
+async def test_no_time_at_all() -> None:
+    """A call whose time is up when it comes never runs."""
+    runner = InlineRunner(clock=VirtualClock(1.0))
+    with pytest.raises(DeadlineExceeded) as caught:
+        await runner.run(int, timeout=1e-20)
+    assert not caught.value.started
+
+
 async def test_context() -> None:
     """Functions see their caller's context, and ``NativePolicy.contexts`` are entered around."""
     variable: ContextVar[str] = ContextVar("variable")
