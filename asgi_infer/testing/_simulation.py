@@ -289,7 +289,8 @@ class Client:
     def _refused(self, error: InferenceError, ending: Ending = "refused") -> None:
         after = error.retry_after
         if after is not None and self._attempts <= self._request.retries:
-            self._world.at(self._world.clock.now + after, self.send)
+            # Whole seconds, as in the header.
+            self._world.at(self._world.clock.now + math.ceil(after), self.send)
         else:
             self._conclude(ending)
 
