@@ -9,13 +9,14 @@ pytest users load the fixture with ``pytest_plugins = ["asgi_infer.testing.fixtu
 """
 
 from ._clock import VirtualClock
-from ._inline import InlineRunner, run_inline
+from ._inline import Inline, InlineRunner, run_inline
 from ._load import Batching, Request, burst, poisson, steady
 from ._report import Outcome, Report
 from ._simulation import Simulation
 
 __all__ = [
     "Batching",
+    "Inline",
     "InlineRunner",
     "Outcome",
     "Report",

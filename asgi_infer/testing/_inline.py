@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import Context
+from dataclasses import replace
 from threading import RLock
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from .._buffer import StreamBuffer, StreamCall
 from .._call import Call, Caller, CallState, Work, here
 from .._errors import ReentrantCall
 from .._runner import InferenceRunner
 from .._scheduler import Scheduler
+from .._statistics import RunnerStatistics
 from .._thread import InferenceThread
 from ..workers._protocol import ModelSpec, OpenWorker, Steps
 from ..workers.thread import OpenThreadWorker, load_model
@@ -62,6 +64,11 @@ class InlineRunner(InferenceRunner[ModelT], Faults):
     ) -> None:
         super().__init__(load, **options)
         self._run_on(VirtualClock() if clock is None else clock)
+
+    def statistics(self) -> RunnerStatistics:
+        """As of any runner; in ``draining`` and ``not_ready`` blocks the state is theirs."""
+        statistics = super().statistics()
+        return replace(statistics, state=self._fault.state or statistics.state)
 
     def _run_on(self, clock: VirtualClock) -> None:
         self.clock = self._clock = clock
@@ -147,6 +154,20 @@ def _become_inline(runner: InferenceRunner[ModelT]) -> InlineRunner[ModelT]:
     return cast("InlineRunner[ModelT]", runner)
 
 
+class Inline(Protocol):
+    """What the pytest fixture ``inline`` is: ``run_inline`` for as long as the test lasts."""
+
+    def __call__(
+        self,
+        runner: InferenceRunner[Any],
+        load: Callable[[], object] | None = None,
+        *,
+        clock: VirtualClock | None = None,
+    ) -> InlineRunner[Any]:
+        """Make ``runner`` inline until the test ends; return it. See ``run_inline``."""
+        ...
+
+
 # -- in place of the thread ----------------------------------------------------------------------
 
 
@@ -166,11 +187,6 @@ class InlineThread(InferenceThread):
         """Whether the current thread is taking turns. Waits for any other that does."""
         with self._turn:
             return self._busy
-
-    @property
-    def state(self) -> str:
-        """What a fault makes of it, or what it is."""
-        return self.fault.state or super().state
 
     def start(self) -> None:
         """Load the model, here and now."""

@@ -9,29 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
 from .._runner import InferenceRunner
 from ._clock import VirtualClock
-from ._inline import InlineRunner, run_inline
+from ._inline import Inline, InlineRunner, run_inline
 
-__all__ = ["Inline", "inline"]
-
-
-class Inline(Protocol):
-    """What the fixture ``inline`` is: ``run_inline`` that lasts for the test."""
-
-    def __call__(
-        self,
-        runner: InferenceRunner[Any],
-        load: Callable[[], object] | None = None,
-        *,
-        clock: VirtualClock | None = None,
-    ) -> InlineRunner[Any]:
-        """Make ``runner`` inline until the test ends. See ``run_inline``."""
-        ...
+__all__ = ["inline"]
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from asgi_infer import InferenceRunner
-from asgi_infer.testing import InlineRunner, VirtualClock
-from asgi_infer.testing.fixtures import Inline, inline
+from asgi_infer.testing import Inline, InlineRunner, VirtualClock
 
 from .test_inline import Fake, Model
 
-__all__ = ["inline"]  # found here by pytest
+pytest_plugins = ["asgi_infer.testing.fixtures"]
 
 RUNNER = InferenceRunner(Model)
 
