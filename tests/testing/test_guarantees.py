@@ -85,24 +85,26 @@ class WatchedSimulation(Simulation):
 
 
 # Tenths, of which many are equal: things that happen in the same instant are the hard ones.
-TENTHS = st.integers(0, 20).map(lambda tenths: tenths / 10)
-POSITIVE = st.integers(1, 20).map(lambda tenths: tenths / 10)
+def tenths(least: int, most: int) -> st.SearchStrategy[float]:
+    return st.integers(least, most).map(lambda number: number / 10)
+
+
 BATCHINGS = [Batching(max_size=3, fixed=0.2, each=0.1, max_delay=delay) for delay in (0.0, 0.3)]
 
 REQUESTS = st.builds(
     Request,
-    at=TENTHS,
-    seconds=TENTHS,
-    timeout=st.none() | POSITIVE,
+    at=tenths(0, 15),
+    seconds=tenths(0, 4),
+    timeout=st.sampled_from([None, None, 0.2, 0.5, 1.0, 2.0]),
     priority=st.integers(-1, 2),
     size=st.integers(0, 80),
-    patience=st.none() | POSITIVE,
+    patience=st.sampled_from([None, None, None, 0.2, 0.7, 1.1]),
     retries=st.integers(0, 2),
-    batching=st.sampled_from([None, None, *BATCHINGS]),
-    items=st.sampled_from([0, 0, 3]),
-    pause=TENTHS,
+    batching=st.sampled_from([None, None, None, *BATCHINGS]),
+    items=st.sampled_from([0, 0, 0, 4]),
+    pause=tenths(0, 5),
     buffer=st.integers(1, 2),
-    stall_timeout=st.none() | POSITIVE,
+    stall_timeout=st.sampled_from([None, 0.3, 1.0]),
     interleave=st.booleans(),
 )
 POLICIES = st.builds(
@@ -116,10 +118,10 @@ POLICIES = st.builds(
 
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(
-    requests=st.lists(REQUESTS, max_size=25),
+    requests=st.lists(REQUESTS, min_size=8, max_size=25),
     policy=POLICIES,
-    max_queue=st.integers(1, 6),
-    max_bytes=st.none() | st.just(100),
+    max_queue=st.sampled_from([1, 3, 20]),
+    max_bytes=st.sampled_from([None, 100]),
 )
 def test_whatever_comes(
     requests: list[Request], policy: QueuePolicy, max_queue: int, max_bytes: int | None
