@@ -280,6 +280,8 @@ class Client:
 
     def _end(self) -> None:
         call = self._call
+        if call.departure is None:
+            call.outcome()  # functions do not fail: an error is one of the simulation
         ending = _ENDINGS[call.departure]
         if ending == "dropped" and isinstance(call.error, InferenceError):
             self._refused(call.error, ending)
