@@ -79,6 +79,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
     """
 
     _clock: Callable[[], float] = staticmethod(time.monotonic)  # what deadlines are on
+    _thread_type = InferenceThread
+    _scheduler_type = Scheduler
 
     def __init__(
         self,
@@ -537,10 +539,10 @@ class InferenceRunner(Executor, Generic[ModelT]):
             return thread
 
     def _make_thread(self, previous: InferenceThread | None) -> InferenceThread:
-        return InferenceThread(
+        return self._thread_type(
             spec=self._spec,
             worker=self._worker,
-            scheduler=Scheduler(
+            scheduler=self._scheduler_type(
                 max_queue=self._max_queue,
                 max_bytes=self._max_queue_bytes,
                 policy=self._queue_policy,

@@ -333,17 +333,16 @@ class _Buffer(StreamBuffer):
 
     def __init__(self, size: int, world: World) -> None:
         super().__init__(size)
+        self._half = size // 2
         self._world = world
 
     def wait_for_room(self, timeout: float | None) -> bool:
         """Let events happen until half of the buffer is free, or it is closed."""
         limit = math.inf if timeout is None else self._world.clock.now + timeout
-        self._room.clear()
-        self._blocked = True
-        while not self._room.is_set() and self._world.next_event(limit):
-            pass
-        self._blocked = False
-        return self._room.is_set()
+        while len(self._items) > self._half and not self._closed:
+            if not self._world.next_event(limit):
+                break
+        return not self.full
 
 
 class _Worker:
