@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
 from . import _refusals
-from ._batch import BatchCall, BatchFunction
+from ._batch import BatchCall, BatchFunction, BatchGroup
 from ._buffer import StreamCall
 from ._call import Call, CallState, Departure
 from ._errors import InferenceError
@@ -210,21 +210,26 @@ class Scheduler:
 
     def finish_batch(self, leader: BatchCall) -> Call | None:
         """All calls of the batch have been settled; returns as ``finish`` does."""
+        now = self.clock()  # the leader may have been settled long before the last one
         with self._lock:
-            self._note_time(leader, leader.ended - leader.started)
+            self._note_time(leader, now - leader.started)
+            leader.members = leader.together = ()  # each would keep all the others alive
             self._running = None
-            following = self._claim(leader.ended)
+            following = self._claim(now)
         return _running_or_posted(following)
 
     def note_batch(self, function: BatchFunction, size: int, seconds: float | None) -> None:
         """``size`` calls have run together, and taken ``seconds``; None if they have failed."""
         with self._lock:
-            if seconds is None:
-                self._counters.batches_split += 1
-            else:
+            if seconds is not None:
                 function.cost.add(size, seconds)
             sizes = self._counters.batch_sizes
             sizes[size] = sizes.get(size, 0) + 1
+
+    def note_split(self) -> None:
+        """A batch has failed, and is about to be run again in two halves."""
+        with self._lock:
+            self._counters.batches_split += 1
 
     def suspend(self, call: StreamCall) -> Call | None:
         """A stream that lets others run has had its turn; returns as ``finish`` does."""
@@ -327,7 +332,7 @@ class Scheduler:
         self._begin(call, now)
         self._running = call
         if type(call) is BatchCall:
-            call.members = self._gather(call, now)
+            self._gather(call, now)
         return call
 
     def _begin(self, call: Call, now: float) -> None:
@@ -366,38 +371,49 @@ class Scheduler:
     def _hold(self, call: BatchCall, now: float) -> bool:
         """Whether to wait for more calls to join the batch that ``call`` would lead."""
         function, waiting = call.function, len(self._queue)
-        others = self._suspended.ready or self._queue.count_of(function) < waiting
+        others = self._suspended.ready or self._queue.count_of(call.group) < waiting
         if others or self._stopped or waiting >= function.max_size:
             return False
-        until = function.wait_until(waiting, call.arrived)
+        until = function.wait_until(waiting, min(each.arrived for each in self._queue))
         deadlines = [each.deadline for each in self._queue if each.deadline is not None]
         if deadlines:
             until = min(until, min(deadlines) - function.cost(waiting + 1))
         self._look_again = min(until, self._suspended.next_stall)
         return now < until
 
-    def _gather(self, leader: BatchCall, now: float) -> list[BatchCall]:
-        """The batch: ``leader``, and those behind it that may join, as far as time allows."""
+    def _gather(self, leader: BatchCall, now: float) -> None:
+        """Make up the batch: ``leader``, and of those that may join it as many as time allows.
+
+        Who is not going to be in time, however small the batch, does not bound it. Among the
+        others, who would be too late in this one waits for the next.
+        """
         function, members = leader.function, [leader]
-        earliest = math.inf if leader.deadline is None else leader.deadline
-        for call in self._queue:
-            if len(members) >= function.max_size:
+        earliest = math.inf
+        if leader.deadline is not None and now + function.cost(1) <= leader.deadline:
+            earliest = leader.deadline
+        for call in self._mates(leader):
+            end = now + function.cost(len(members) + 1)
+            if len(members) >= function.max_size or end > earliest:
                 break
-            if (
-                type(call) is not BatchCall
-                or call.function is not function
-                or call.key != leader.key
-            ):
-                continue
             if call.deadline is not None:
+                if end > call.deadline or now >= call.deadline:
+                    continue
                 earliest = min(earliest, call.deadline)
-            if now + function.cost(len(members) + 1) > earliest:
-                break
             members.append(call)
+        # In this order: a forked child reads both without the lock, and must find all of them.
+        leader.members = members
         for call in members[1:]:
             self._queue.remove(call)
             self._begin(call, now)
-        return members
+
+    def _mates(self, leader: BatchCall) -> Iterator[BatchCall]:
+        """Those of the queue that may join the batch, in the order of their turns."""
+        if not self._queue.count_of(leader.group):
+            return
+        newest = self._overload.active and self._policy.overload == "newest"
+        for call in self._queue.newest_first() if newest else self._queue.in_order():
+            if type(call) is BatchCall and call.group == leader.group:
+                yield call
 
     def _drop_if_late(self, call: Call, now: float) -> bool:
         if call.deadline is None:
@@ -467,15 +483,18 @@ class Scheduler:
         if self._overload.active and self._policy.overload == "newest":
             return wait
         for group, count in self._queue.ahead_of(call.priority, call.arrived).items():
-            if group is call.group and isinstance(group, BatchFunction):
-                count -= count % group.max_size  # the rest it joins
+            if isinstance(group, BatchGroup) and group == call.group:
+                # The rest it joins, and that one runs the longer for it.
+                rest = count % group.function.max_size
+                wait += rest * group.function.cost.each
+                count -= rest
             wait += self._seconds(group, count)
         return wait
 
     def _seconds(self, group: object, count: int) -> float:
         """What ``count`` calls of a group are going to take."""
-        if isinstance(group, BatchFunction):
-            return group.seconds(count)
+        if isinstance(group, BatchGroup):
+            return group.function.seconds(count)
         return count * (self._counters.service_time if group is None else self._stream_time)
 
     # -- under the lock: the books -------------------------------------------------------------
@@ -523,8 +542,10 @@ class Scheduler:
     def _begun(self) -> list[Call]:
         """What has started and not ended, the call that runs first."""
         running = self._running
-        begun = running.members if type(running) is BatchCall else [running]
-        return [call for call in begun if call is not None] + [*self._suspended.calls()]
+        begun: Iterable[Call] = () if running is None else [running]
+        if type(running) is BatchCall:
+            begun = running.members or begun
+        return [*begun, *self._suspended.calls()]
 
     def _deadline_exceeded(self, call: Call) -> InferenceError:
         return _refusals.deadline_exceeded(call, self.clock())

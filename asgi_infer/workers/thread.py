@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from .._call import Work
 from .._model import name_of, resolve_work
-from ._protocol import ModelSpec
+from ._protocol import LazyResult, ModelSpec
 
 _LAZY = {
     CoroutineType: "a coroutine",
@@ -137,7 +137,7 @@ def _reject_lazy(result: Any, func: Any) -> None:
     instead = "pass a plain function that returns its result"
     if kind == _LAZY[GeneratorType]:
         instead = "use stream() for it, or return a list"
-    raise TypeError(
+    raise LazyResult(
         f"{name_of(func)} returned {kind}, which would run elsewhere than on the inference "
         f"thread; {instead}"
     )
