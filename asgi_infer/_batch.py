@@ -7,7 +7,7 @@ from contextvars import Context, copy_context
 from typing import Any, NamedTuple, cast
 
 from ._call import Call, Port, Work
-from ._model import name_of
+from ._model import ModelReference, name_of
 from ._statistics import moving_average
 
 _FADE = 0.9  # weight of a batch beside the one that ran after it
@@ -137,6 +137,7 @@ class BatchGroup(NamedTuple):
 class BatchCall(Call):
     """One item of a ``Batcher``: a call that others may join when it is taken.
 
+    :raises TypeError: its item is none for this function
     :ivar members: of the batch that this call leads, itself included, from its start to its end;
         written by the inference thread alone, under the scheduler's lock
     :ivar together: those of them that the function runs for now; the inference thread's own
@@ -159,7 +160,13 @@ class BatchCall(Call):
     ) -> None:
         super().__init__(work, context, deadline, priority, port, waiter)
         function: BatchFunction = work[0]
-        self._group = BatchGroup(function, function.key_of(work[1][0]))
+        item = work[1][0]
+        if type(item) is ModelReference:
+            raise TypeError(
+                f"{item!r} can't be an item of a batch, where nothing would follow it: let the "
+                f"function look there itself, and pass what differs from call to call"
+            )
+        self._group = BatchGroup(function, function.key_of(item))
         self.members = ()
         self.together = ()
 
