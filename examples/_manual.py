@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from textwrap import dedent
-
 from pydoc_data.topics import topics  # what help("with") shows
+from textwrap import dedent
 
 _UNDERLINE = re.compile(r"[*=\-~^]{4,}")
 _SENTENCES = re.compile(r"""["“*(]*[A-Z].*[.:!?)]["”*]*""", re.DOTALL)

@@ -39,7 +39,9 @@ def _usable(text: str) -> str:
         raise PydanticCustomError("empty", "the text is empty: send at least one word")
     if len(text) > MAX_LENGTH:
         length = {"length": len(text), "most": MAX_LENGTH}
-        raise PydanticCustomError("long", "the text has {length} characters, {most} at most", length)
+        raise PydanticCustomError(
+            "long", "the text has {length} characters, {most} at most", length
+        )
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise PydanticCustomError("half", "half a surrogate pair is no character")
     return text
@@ -73,7 +75,7 @@ class Result(BaseModel):
 
 
 class Results(BaseModel):
-    """The best passages, and how many queries the model answered in one call, this one included."""
+    """The best passages, and how many queries the model answered in the same call."""
 
     results: list[Result]
     batch: int
