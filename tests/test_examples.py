@@ -460,6 +460,7 @@ def test_embeddings_puts_concurrent_queries_into_batches(embeddings: Service) ->
 
     with embeddings.client() as client, ThreadPoolExecutor(len(queries)) as pool:
         alone = [search(client, query) for query in queries[:4]]
+        together: list[dict[str, Any]] = []
         for _ in range(50):
             together = list(pool.map(search, [client] * len(queries), queries))
             assert titles(together) == titles(alone) * 4
