@@ -50,17 +50,21 @@ class PassageSearch:
         folder = Path(wordllama.__file__).parent
         self._model: Any = WordLlama.load(cache_dir=folder, disable_download=True)
         self._passages = passages()
-        self._table = self.embed([f"{each.title}: {each.text}" for each in self._passages])
+        self._table = self._embed([f"{each.title}: {each.text}" for each in self._passages])
 
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        """A row of 256 numbers for each text, of length 1. None of them may be empty."""
-        vectors: Vectors = self._model.embed(list(texts), norm=True)
-        return vectors
+    def embed(self, texts: Sequence[str]) -> list[Vectors]:
+        """256 numbers for each text, a vector of length 1. None of the texts may be empty."""
+        return list(self._embed(texts))
 
     def search(self, queries: Sequence[str]) -> list[Found]:
         """The passages that are nearest in meaning to each query, best first."""
-        table = self.embed(queries) @ self._table.T
+        table = self._embed(queries) @ self._table.T
         return [Found(self._best(row), len(queries)) for row in table]
+
+    def _embed(self, texts: Sequence[str]) -> Vectors:
+        """A row for each text."""
+        vectors: Vectors = self._model.embed(list(texts), norm=True)
+        return vectors
 
     def _best(self, similarities: Vectors) -> list[Hit]:
         best = np.argpartition(similarities, -BEST)[-BEST:]

@@ -65,9 +65,9 @@ async def written(
 ) -> AsyncIterator[Stream[str]]:
     """The text that is asked for, while it is written.
 
-    A dependency, for two reasons. It is entered before the response begins, so a queue that is
-    full is still a 503. And it is left when the response has ended, however that came: the
-    stream is closed then, and with it the generator, on the thread of the model.
+    A dependency, since it is entered before the response begins: a queue that is full is still
+    answered with a 503. And it is left when the response has ended, however that came: the stream
+    is closed then, and with it the generator, on the thread of the model.
     """
     # Interleaved: the words of several texts are written in turn.
     stream = runner.stream(
