@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
-from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import AfterValidator, BaseModel, Field
 from pydantic_core import PydanticCustomError
 
@@ -56,42 +57,36 @@ Prompt = Annotated[
 ]
 
 
-async def written(
+@app.get("/generate")
+async def generate(
     prompt: Prompt,
     words: Annotated[int, Query(ge=1, le=MAX_WORDS)] = 200,
     seed: Annotated[int, Query(ge=0, lt=2**32)] = 0,
     temperature: Annotated[float, Query(ge=0.1, le=2)] = 0.6,
     cost: Annotated[float, Query(ge=0, le=1)] = 0,
-) -> AsyncIterator[Stream[str]]:
-    """The text that is asked for, while it is written.
-
-    A dependency, since it is entered before the response begins: a queue that is full is still
-    answered with a 503. And it is left when the response has ended, however that came: the stream
-    is closed then, and with it the generator, on the thread of the model.
-    """
-    # Interleaved: the words of several texts are written in turn.
-    stream = runner.stream(
-        runner.model.generate, prompt, words, seed, temperature, cost, interleave=True
-    )
-    async with stream:
-        yield stream
-
-
-@app.get("/generate", response_class=EventSourceResponse)
-async def generate(
-    stream: Annotated[Stream[str], Depends(written)],
-) -> AsyncIterator[ServerSentEvent]:
+) -> EventSourceResponse:
     """Write on from a prompt. Each event is a word or a mark; ``end`` is the last one.
 
     The same seed makes the same text. With ``cost``, each word takes that many seconds at
     least, as it does in larger models.
     """
+    # Called here, so that a full queue is answered with a 503: in a generator of events, where
+    # FastAPI would also take them from, the response has begun. Interleaved, several texts are
+    # written in turn.
+    stream = runner.stream(
+        runner.model.generate, prompt, words, seed, temperature, cost, interleave=True
+    )
+    return EventSourceResponse(events(stream), headers={"Cache-Control": "no-cache"})
+
+
+async def events(stream: Stream[str]) -> AsyncIterator[bytes]:
+    """The words as Server-Sent Events."""
     try:
         async for piece in stream:
-            yield ServerSentEvent(data=piece)
+            yield format_sse_event(data_str=json.dumps(piece))
     except ClientDisconnected:
-        return  # nobody reads on
-    yield ServerSentEvent(event="end", data="")  # else a browser would connect again
+        return  # the generator is closed already, and nobody reads on
+    yield format_sse_event(event="end", data_str="null")  # else a browser would connect again
 
 
 class Text(BaseModel):
