@@ -11,7 +11,7 @@ from socket import socket
 import uvicorn
 from starlette.types import ASGIApp
 
-_PATIENCE = 1.0  # seconds that responses get to end in
+_PATIENCE = 2.0  # seconds that responses get to end in
 
 
 def serve(app: ASGIApp, *, curl: Callable[[str], str]) -> None:
