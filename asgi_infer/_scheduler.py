@@ -157,7 +157,7 @@ class Scheduler:
     def take(self) -> Call | None:
         """Claim the next call, sleeping until there is one; None when it is time to stop."""
         while True:
-            call, over = self.poll()
+            call, over = self.poll(sleep=True)
             if over:
                 return None
             if call is None:
@@ -168,9 +168,10 @@ class Scheduler:
                 call.port.post(call.waiter)
                 del call  # while it sleeps, the thread holds no call alive
 
-    def poll(self) -> tuple[Call | None, bool]:
+    def poll(self, *, sleep: bool = False) -> tuple[Call | None, bool]:
         """Claim the next call, or take it out of the queue if it is too late to run it.
 
+        :param sleep: the thread sleeps if there is none, and is to be woken by the next one
         :returns: the call, and whether there is none and it is time to stop
         """
         with self._lock:
@@ -178,7 +179,7 @@ class Scheduler:
             if call is None:
                 self._notify_if_idle()
                 over = self._stopped and not self._suspended
-                self._idle = not over
+                self._idle = sleep and not over
                 return None, over
         return call, False
 
@@ -353,7 +354,7 @@ class Scheduler:
             return suspended.next()
         self._stream_next = True
         if call is None:
-            self._overload.end()
+            self._overload.empty()
             self._look_again = suspended.next_stall if suspended else math.inf
         elif call.deadline is not None:
             self._overload.note(_share_waited(call, call.deadline, now), now)

@@ -200,7 +200,7 @@ def test_deadline_in_the_tick_of_the_turn(clock: Clock, gate: Gate) -> None:
 async def test_too_little_time_on_arrival(
     clock: Clock, runner: InferenceRunner[None], make_gate: Callable[[], Gate]
 ) -> None:
-    """Less time than the wait and the call will take: ``DeadlineExceeded``, and not even queued."""
+    """Less time than the wait and the call will take: ``DeadlineExceeded``, and never queued."""
     first, second = make_gate(), make_gate()
     await hold(runner, first)
     clock.now += 10.0  # what a call takes, from now on
