@@ -359,7 +359,7 @@ async def test_kinds_of_functions(runner: InferenceRunner[Model]) -> None:
     assert (await scale.run(np.ones(2))).tolist() == [3.0, 3.0]
     plain: Batcher[int, int] = Batcher(runner, sorted, max_size=2)
     assert await plain.run(5) == 5
-    whole = Batcher(runner, lambda items: [len(item) for item in items], max_size=2)
+    whole: Batcher[str, int] = Batcher(runner, lambda items: list(map(len, items)), max_size=2)
     assert await whole.run("four") == 4
 
 
@@ -446,7 +446,7 @@ async def test_exits(runner: InferenceRunner[Model]) -> None:
 @anywhere
 async def test_reentrant(runner: InferenceRunner[Model]) -> None:
     """A batch that calls its own runner is told so."""
-    batcher: Batcher[int, int] = Batcher(runner, lambda items: [inner.submit(1)], max_size=4)
+    batcher: Batcher[int, Any] = Batcher(runner, lambda items: [inner.submit(1)], max_size=4)
     inner: Batcher[int, int] = Batcher(runner, list, max_size=4)
     with pytest.raises(ReentrantCall):
         await batcher.run(1)

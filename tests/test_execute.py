@@ -225,6 +225,7 @@ def test_odd_endings(
     calls = batches.run(1, 2, 3)
     kind, message = expected
     caught = calls[1].error
+    assert caught is not None
     assert type(caught) is kind
     assert str(caught).startswith(message)
     assert caught.__cause__ is error
@@ -570,6 +571,7 @@ def test_nothing_of_a_batch_stays_with_futures(ending: str) -> None:
     kept.run()
     assert all(future.done() for future in futures)
     kept.calls.clear()
+    future = futures.pop()
     futures.clear()
     del future
     assert kept.left_over() == []
