@@ -132,7 +132,6 @@ def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException
     else:
         errors = [as_error(error, calls[0].work)]
     scheduler.settle((call, None, each) for call, each in zip(calls, errors, strict=True))
-    del error, errors  # their tracebacks refer to this frame
 
 
 # -- streams -----------------------------------------------------------------------------------

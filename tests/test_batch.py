@@ -6,6 +6,7 @@ import gc
 import math
 import threading
 import weakref
+from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from typing import Any
@@ -654,3 +655,57 @@ def test_the_thread_wakes_up_by_itself() -> None:
     scheduler.stop()
     thread.join(LIMIT)
     assert taken == [1, 2]
+
+
+class WakeUp:
+    """The semaphore that the thread sleeps on, where the time is always up first.
+
+    :ivar meanwhile: what happens in the moment in which the time is up
+    """
+
+    def __init__(self) -> None:
+        self.released = 0
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        if timeout is not None:
+            self.meanwhile()
+            return False
+        assert self.released == 1, "it would sleep for ever"
+        self.released -= 1
+        return True
+
+    def release(self) -> None:
+        assert self.released == 0, "released twice"
+        self.released += 1
+
+
+@pytest.fixture
+def wake_up(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> WakeUp:
+    wake_up = WakeUp()
+    monkeypatch.setattr(desk.scheduler, "_wake_up", wake_up)
+    return wake_up
+
+
+def test_woken_when_the_nap_is_over(desk: Desk, wake_up: WakeUp) -> None:
+    """A call that comes in the very moment is in the batch, and its wake-up does not stay."""
+    function = fast(max_size=2)
+    first = desk.admit(function, "a")
+    wake_up.meanwhile = lambda: desk.admit(function, "b")
+    assert desk.scheduler.take() is first
+    assert len(first.members) == 2
+    assert wake_up.released == 0
+
+
+def test_not_woken_when_the_nap_is_over(desk: Desk, wake_up: WakeUp) -> None:
+    """A thread that has woken up by itself is not woken once more."""
+    function = fast()
+    first = desk.admit(function, "a")
+
+    def time_passes() -> None:
+        desk.clock.now = desk.scheduler._look_again
+
+    wake_up.meanwhile = time_passes
+    assert desk.scheduler.take() is first
+    desk.admit(function, "b")
+    assert wake_up.released == 0
