@@ -476,7 +476,7 @@ def test_a_loop_without_a_server_uses_the_real_model(how: str) -> None:
 @on_linux
 def test_the_digits_are_classified_behind_the_runner() -> None:
     """The real model, trained small, is loaded by the server and answers the load client."""
-    scale = replace(TINY, iterations=2, seconds=3.0, warmup=0.1)
+    scale = replace(TINY, iterations=2, seconds=1.0, warmup=0.1)
     sample = serve(Load(connections=2, model="digits"), scale, "runner")
     assert sample["calls"] > 0
     assert 0 < sample["health_p99"] < math.inf
