@@ -241,12 +241,15 @@ def test_call_that_never_returns() -> None:
 
 def test_load_that_never_returns() -> None:
     """A model that never finishes loading doesn't keep the program from ending either."""
-    ended = run(SHORT_GRACE, """
+    ended = run(
+        SHORT_GRACE,
+        """
         runner = InferenceRunner(lambda: time.sleep(3600))
         future = runner.submit(abs, -3)
         future.add_done_callback(lambda future: say(type(future.exception()).__name__))
         say("end")
-    """)
+    """,
+    )
     assert (ended.status, ended.stdout, ended.stderr) == (0, "end\nDraining\n", "")
 
 
@@ -304,12 +307,15 @@ def test_callers_in_threads(wait: str) -> None:
 
 def test_exception() -> None:
     """A program that fails shows its own traceback, and no other."""
-    ended = run(SHORT_GRACE, """
+    ended = run(
+        SHORT_GRACE,
+        """
         runner = InferenceRunner()
         future = runner.submit(time.sleep, 3600)
         say("end")
         raise LookupError("the program's own")
-    """)
+    """,
+    )
     assert ended.status == 1
     assert ended.stderr.count("Traceback") == 1
     assert "LookupError: the program's own\n" in ended.stderr
@@ -431,7 +437,9 @@ def test_send_away_who_waits(live: Any, gate: Gate, monkeypatch: pytest.MonkeyPa
 
 def test_server_in_a_thread_outlives_the_main_thread() -> None:
     """A program that goes on in another thread keeps its runner, with or without an event loop."""
-    ended = run(SHORT_GRACE, """
+    ended = run(
+        SHORT_GRACE,
+        """
         runner = InferenceRunner()
         runner.submit(abs, -1).result()
         def serve():
@@ -442,7 +450,8 @@ def test_server_in_a_thread_outlives_the_main_thread() -> None:
         main = threading.main_thread()
         threading.Thread(target=serve).start()
         say("end")
-        """)
+        """,
+    )
     assert ended.status == 0
     assert ended.stdout == "end\n2\n3\n"
     assert ended.stderr == ""
@@ -680,7 +689,9 @@ def test_child_that_forgets() -> None:
 @forks
 def test_callers_in_threads_of_the_child() -> None:
     """A child sends away its own callers in threads, though the parent had seen to that before."""
-    ended = run(SHORT_GRACE, """
+    ended = run(
+        SHORT_GRACE,
+        """
         runner = InferenceRunner()
         thread = threading.Thread(target=lambda: runner.submit(abs, -3).result())
         thread.start()
@@ -699,7 +710,8 @@ def test_callers_in_threads_of_the_child() -> None:
             sys.exit()
         say("child:", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         say("end")
-    """)
+    """,
+    )
     assert (ended.status, ended.stdout) == (0, "Draining\nchild: 0\nend\n")
 
 

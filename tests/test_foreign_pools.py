@@ -532,13 +532,15 @@ def measured() -> dict[str, Any]:
     """By backend, and by what went before. One after the other in one process, for the imports
     take longer than the calls."""
     command = [sys.executable, "-c", SCRIPT, *BACKENDS]
-    output = subprocess.run(command, check=True, timeout=55, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        command, check=True, timeout=110, capture_output=True, text=True
+    ).stdout
     return dict(json.loads(output))
 
 
 def real(test: Callable[[str], None]) -> Callable[[str], None]:
     """On asyncio and trio, where there is something to see."""
-    for mark in REAL:
+    for mark in (*REAL, pytest.mark.timeout(120)):
         test = mark(test)
     return pytest.mark.parametrize("backend", BACKENDS)(test)
 
