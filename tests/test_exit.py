@@ -361,13 +361,14 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Any:
     return threads
 
 
-def test_stop_all(live: Any, gate: Gate) -> None:
+def test_stop_all(live: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that can end do so, and the callers of the others are sent away."""
     idle, busy = InferenceRunner[None](name="idle"), InferenceRunner[None](name="busy")
     assert idle.submit(abs, -3).result(LIMIT) == 3
     future = busy.submit(gate, None)
     gate.wait_entered()
     assert len(live) == 2
+    monkeypatch.setattr(_exit, "GRACE", 0.3)
     _exit._stop_all()
     assert idle.statistics().state == "closed"
     assert isinstance(future.exception(0), Draining)

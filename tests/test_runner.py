@@ -1345,6 +1345,7 @@ def test_map(executor: concurrent.futures.Executor) -> None:
 def test_map_in_time(executor: concurrent.futures.Executor, gate: Gate) -> None:
     """``map`` with a timeout gives up, and cancels what has not started."""
     results = executor.map(gate, [1, 2, 3], timeout=0.05)
+    gate.wait_entered()
     with pytest.raises(TimeoutError):
         next(results)
     gate.release.set()
