@@ -295,7 +295,7 @@ class Conservation(stateful.RuleBasedStateMachine):
         self.loop.close()
 
 
-@pytest.mark.parametrize("histories", [30, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("histories", [50, pytest.param(1000, marks=pytest.mark.soak)])
 def test_conservation(monkeypatch: pytest.MonkeyPatch, histories: int) -> None:
     """After every step of any history the books balance, and say what happened to each call."""
     for module in (_future, _handoff, _runner, _scheduler):
