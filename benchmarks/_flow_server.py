@@ -109,6 +109,7 @@ ARMS: dict[str, Callable[[FastAPI, argparse.Namespace], None]] = {
     "dependency": with_dependency,
     "executor": with_executor,
     "unbatched": unbatched,
+    "batcher": unbatched,  # TODO
     "threadpool-stream": threadpool_stream,
 }
 
