@@ -196,7 +196,7 @@ async def capacity_of(client: Client, connections: int, warmup: float, seconds: 
 
     :raises ConnectionError: an answer is no 200
     """
-    counted = 0
+    counted = 0.0
     begin = time.perf_counter() + warmup
     end = begin + seconds
 

@@ -78,9 +78,8 @@ async def first_item(port: int, request: bytes) -> float:
     """The seconds until the first item comes to somebody who is alone, and has enough then."""
     came: asyncio.Future[float] = asyncio.get_running_loop().create_future()
     reader = await connect(port, request, came.set_result)
-    await asyncio.wait([came, reader.ended], return_when=asyncio.FIRST_COMPLETED)
-    if reader.ended.done():
-        reader.ended.result()
+    while not came.done():
+        await _unless_broken([reader], _BREAK)
     reader.close()
     await asyncio.sleep(_BREAK)
     return came.result()

@@ -28,7 +28,10 @@ def _arm(arm: str, *arguments: str) -> Callable[[Scale], Sample]:
     def measure(scale: Scale) -> Sample:
         work = Work.lasting(CALL) if scale.iterations else NOTHING
         options = ("--work", str(work), "--deadline", str(DEADLINE), *arguments)
-        with server(scale, arm, *options) as running, Child(*_client(running.port, scale)) as child:
+        with (
+            server(scale, arm, *options) as running,
+            Child(*_client(running.port, scale)) as child,
+        ):
             child.ask()
             child.tell()
             return sample(child.ask())
@@ -69,14 +72,14 @@ ARMS: dict[str, Callable[[Scale], Sample]] = {
     "max_concurrency": _arm("dependency"),
     "executor": _arm("executor"),
 }
-_OURS = ("runner",)
+OURS = ("runner",)
 
 _NOTE = (
     "Each arm gets twice what it can do itself, as its own closed loop of 8 clients has just\n"
     "shown. A request is due at a fixed time, its latency counts from then, good is a 200 within\n"
-    f"{DEADLINE:g} s, and its client hangs up after {_LEAVES_AFTER:g} s. Figures are of the time of overload; recovery\n"
-    "is until the last request that came after it and got no good answer. The others have no\n"
-    "time limit to set: what they do when a client hangs up is theirs."
+    f"{DEADLINE:g} s, and its client hangs up after {_LEAVES_AFTER:g} s. Figures are of the "
+    "overload; recovery is until\nthe last request that came after it and got no good answer. The "
+    "others have no time limit to\nset: what they do when a client hangs up is theirs."
 )
 
 FIGURES = [
@@ -101,7 +104,7 @@ FIGURES = [
         ],
         comparisons=[
             comparison
-            for arm in _OURS
+            for arm in OURS
             for comparison in (
                 Comparison("goodput", arm, at_least=0.9),
                 Comparison("accepted_p99", arm, at_most=1000 * DEADLINE),

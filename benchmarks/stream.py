@@ -6,7 +6,6 @@ As a program: the way without HTTP, each arm in turn on one event loop.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from starlette.concurrency import iterate_in_threadpool
 
 from ._children import Child, answer, once
-from ._figure import Comparison, Figure, Metric, Round, Sample, Scale, one_by_one
+from ._figure import Figure, Metric, Round, Sample, Scale, one_by_one
 from ._flow import Running, server
 from ._flow_server import lines
 from ._http import run_on_the_fastest_loop
