@@ -1,5 +1,5 @@
 """The batches of the package ``batched`` in a FastAPI application, as its documentation has it."""
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import os
 
