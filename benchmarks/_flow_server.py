@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, HTTPException
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
@@ -75,6 +75,22 @@ def with_executor(app: FastAPI, options: argparse.Namespace) -> None:
         return await asyncio.get_running_loop().run_in_executor(executor, work.predict)
 
 
+def with_executor_and_timeout(app: FastAPI, options: argparse.Namespace) -> None:
+    """What waits in an executor can be cancelled, and then does not run."""
+    work: Work = options.work
+    deadline: float = options.deadline
+    executor = ThreadPoolExecutor(1)
+
+    @app.get("/predict")
+    async def predict() -> int:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(deadline):
+                return await loop.run_in_executor(executor, work.predict)
+        except TimeoutError:
+            raise HTTPException(504) from None
+
+
 # -- batches -----------------------------------------------------------------------------------
 
 
@@ -108,6 +124,7 @@ ARMS: dict[str, Callable[[FastAPI, argparse.Namespace], None]] = {
     "def": with_def,
     "dependency": with_dependency,
     "executor": with_executor,
+    "executor-timeout": with_executor_and_timeout,
     "unbatched": unbatched,
     "batcher": unbatched,  # TODO
     "threadpool-stream": threadpool_stream,

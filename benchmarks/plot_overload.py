@@ -30,6 +30,7 @@ LIGHT = {
     "def": "#d55e00",
     "max_concurrency": "#b7568f",
     "executor": "#c98600",
+    "with timeout": "#0072b2",
 }
 DARK = {
     "page": "#12151a",
@@ -42,6 +43,7 @@ DARK = {
     "def": "#f07b2b",
     "max_concurrency": "#d68ab6",
     "executor": "#e8a823",
+    "with timeout": "#4a9fe0",
 }
 
 COLUMNS = 3
@@ -123,6 +125,9 @@ class Drawing:
         self._scale(plot, seconds, _MOST, {0: "0", DEADLINE: f"{1000 * DEADLINE:.0f} ms"})
         edges = [0, round(seconds / 8), round(seconds * 7 / 8), seconds]  # of the phases
         plot.set_xticks(edges, [f"{edge} s" for edge in edges])
+        first, *_, last = plot.get_xticklabels()
+        first.set_ha("left")
+        last.set_ha("right")
 
     def _scale(self, plot: Axes, seconds: int, most: float, ticks: Mapping[float, str]) -> None:
         plot.set_xlim(0, seconds)
