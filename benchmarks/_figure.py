@@ -39,7 +39,7 @@ class Scale:
     million: int  # calls for the figure of that name
     iterations: int  # of boosting, for trained models; 0: a no-op in the place of every model
     rounds: int | None = None  # None: as many as each figure asks for
-    overload: float = 0.12  # seconds, for the figure of that name; a third of it around that
+    overload: float = 0.06  # seconds, for the figure of that name; a third of it around that
 
 
 FULL = Scale(

@@ -12,15 +12,21 @@ from typing import Annotated
 
 from fastapi import Depends, FastAPI, HTTPException
 from pydantic import BaseModel
-from starlette.responses import StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
 
-from asgi_infer import InferenceMiddleware, InferenceRunner
+from asgi_infer import Batcher, InferenceMiddleware, InferenceRunner, QueuePolicy
 
+from ._batches import SIZE
 from ._server import serve
 from ._work import NOTHING, Work
 
 LINE = b"z\n"
 """An item of a stream. The clients count the letter, which is in nothing else of a response."""
+
+
+FEW = 50
+"""Items of a short stream."""
 
 
 class Item(BaseModel):
@@ -29,9 +35,14 @@ class Item(BaseModel):
     number: int
 
 
-def ours(app: FastAPI, work: Work, timeout: float | None = None) -> InferenceRunner[Work]:
+def ours(app: FastAPI, options: argparse.Namespace) -> InferenceRunner[Work]:
     """A runner that starts and ends with the application."""
-    runner = InferenceRunner(lambda: work, warmup=Work.predict, timeout=timeout)
+    runner = InferenceRunner(
+        lambda: options.work,
+        warmup=Work.predict,
+        timeout=options.deadline,
+        queue=QueuePolicy(overload=options.overload),
+    )
     app.add_middleware(InferenceMiddleware, runner=runner)
     return runner
 
@@ -40,7 +51,7 @@ def ours(app: FastAPI, work: Work, timeout: float | None = None) -> InferenceRun
 
 
 def with_runner(app: FastAPI, options: argparse.Namespace) -> None:
-    runner = ours(app, options.work, options.deadline)
+    runner = ours(app, options)
 
     @app.get("/predict")
     async def predict() -> int:
@@ -95,11 +106,32 @@ def with_executor_and_timeout(app: FastAPI, options: argparse.Namespace) -> None
 
 
 def unbatched(app: FastAPI, options: argparse.Namespace) -> None:
-    runner = ours(app, options.work)
+    runner = ours(app, options)
 
     @app.post("/predict")
     async def predict(item: Item) -> int:
         return (await runner.run(runner.model.predict_many, [item.number]))[0]
+
+
+def with_batcher(app: FastAPI, options: argparse.Namespace) -> None:
+    runner = ours(app, options)
+    batcher = Batcher(runner, runner.model.predict_many, max_size=SIZE)
+
+    @app.post("/predict")
+    async def predict(item: Item) -> int:
+        return await batcher.run(item.number)
+
+
+def with_batcher_alone(app: FastAPI, options: argparse.Namespace) -> None:
+    """What is left of FastAPI is Starlette: no models of the request and of the response."""
+    runner = ours(app, options)
+    batcher = Batcher(runner, runner.model.predict_many, max_size=SIZE)
+
+    async def predict(request: Request) -> JSONResponse:
+        item = await request.json()
+        return JSONResponse(await batcher.run(item["number"]))
+
+    app.router.add_route("/predict", predict, methods=["POST"])
 
 
 # -- streams -----------------------------------------------------------------------------------
@@ -111,12 +143,32 @@ def lines(count: int) -> Iterator[bytes]:
         yield LINE
 
 
+def runner_stream(app: FastAPI, options: argparse.Namespace) -> None:
+    runner = ours(app, options)
+
+    def stream(count: int) -> StreamingResponse:
+        return StreamingResponse(runner.stream(lines, count, interleave=options.interleave))
+
+    stream_routes(app, stream, options)
+
+
 def threadpool_stream(app: FastAPI, options: argparse.Namespace) -> None:
-    count: int = options.items
+    """What Starlette does with an iterator that is not async."""
+    stream_routes(app, lambda count: StreamingResponse(lines(count)), options)
+
+
+def stream_routes(
+    app: FastAPI, stream: Callable[[int], StreamingResponse], options: argparse.Namespace
+) -> None:
+    """A long stream and a short one."""
 
     @app.get("/predict")
     async def predict() -> StreamingResponse:
-        return StreamingResponse(lines(count))
+        return stream(options.items)
+
+    @app.get("/few")
+    async def few() -> StreamingResponse:
+        return stream(FEW)
 
 
 ARMS: dict[str, Callable[[FastAPI, argparse.Namespace], None]] = {
@@ -126,7 +178,9 @@ ARMS: dict[str, Callable[[FastAPI, argparse.Namespace], None]] = {
     "executor": with_executor,
     "executor-timeout": with_executor_and_timeout,
     "unbatched": unbatched,
-    "batcher": unbatched,  # TODO
+    "batcher": with_batcher,
+    "batcher-alone": with_batcher_alone,
+    "runner-stream": runner_stream,
     "threadpool-stream": threadpool_stream,
 }
 
@@ -137,6 +191,8 @@ def application(arguments: Sequence[str] | None = None) -> FastAPI:
     parser.add_argument("arm", choices=ARMS)
     parser.add_argument("--work", type=Work.parse, default=NOTHING, help="FIXED,EACH: iterations")
     parser.add_argument("--deadline", type=float, help="seconds: the runner's timeout")
+    parser.add_argument("--overload", default=QueuePolicy.overload, help="the queue's policy")
+    parser.add_argument("--interleave", action="store_true", help="streams")
     parser.add_argument("--items", type=int, default=0, help="of a stream")
     options = parser.parse_args(arguments)
     app = FastAPI()

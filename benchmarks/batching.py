@@ -68,6 +68,7 @@ def figure(load: Load, comparisons: list[Comparison]) -> Figure:
     """All who batch, and one who doesn't."""
     arms = {
         "batcher": _ours("batcher", load),
+        "Starlette": _ours("batcher-alone", load),
         "unbatched": _ours("unbatched", load),
         **{rival.arm: _theirs(rival, load) for rival in RIVALS},
     }
@@ -95,8 +96,10 @@ def figure(load: Load, comparisons: list[Comparison]) -> Figure:
 _NOTE = (
     "One worker and one process for HTTP each. A batch waits for company for "
     f"{1000 * WINDOW:g} ms with LitServe\nand mosec, for 5 ms, its default, with batched, and "
-    "with BentoML for what its dispatcher finds best;\nthe Batcher does not wait. CPU and "
-    "switches are of all native threads of all processes of a server."
+    "with BentoML for what its dispatcher finds best;\nthe Batcher does not wait. All but mosec "
+    "parse requests in Python. Starlette is the Batcher in a\nroute of Starlette's, without "
+    "FastAPI's models of request and response. CPU and switches are of all\nnative threads of all "
+    "processes of a server."
 )
 _OTHERS = ["unbatched", *(rival.arm for rival in RIVALS)]
 

@@ -67,20 +67,21 @@ def sample(seen: Mapping[str, Any]) -> Traced:
 
 
 ARMS: dict[str, Callable[[Scale], Sample]] = {
-    "runner": _arm("runner"),
+    **{f"runner: {how}": _arm("runner", "--overload", how) for how in ("shed", "newest", "wait")},
     "def": _arm("def"),
     "max_concurrency": _arm("dependency"),
     "executor": _arm("executor"),
     "with timeout": _arm("executor-timeout"),
 }
-OURS = ("runner",)
+OURS = ("runner: shed", "runner: newest", "runner: wait")
 
 _NOTE = (
     "Each arm gets twice what it can do itself, as its own closed loop of 4 clients has just\n"
     "shown. A request is due at a fixed time, its latency counts from then, good is a 200 within\n"
     f"{DEADLINE:g} s, and its client hangs up after {_LEAVES_AFTER:g} s. Figures are of the "
     "overload; recovery is until\nthe last request that came after it and got no good answer. "
-    "Of the others, only the executor\nwith asyncio.timeout has a time limit, the same one."
+    "shed, newest and wait are what\nQueuePolicy(overload=...) can be told. Of the others, only "
+    "the executor with asyncio.timeout\nhas a time limit, the same one."
 )
 
 FIGURES = [
@@ -105,7 +106,7 @@ FIGURES = [
         ],
         comparisons=[
             comparison
-            for arm in OURS
+            for arm in OURS[:2]  # "wait" is for those who want none of it
             for comparison in (
                 Comparison("goodput", arm, at_least=0.9),
                 Comparison("accepted_p99", arm, at_most=1000 * DEADLINE),

@@ -126,8 +126,8 @@ class Drawing:
         edges = [0, round(seconds / 8), round(seconds * 7 / 8), seconds]  # of the phases
         plot.set_xticks(edges, [f"{edge} s" for edge in edges])
         first, *_, last = plot.get_xticklabels()
-        first.set_ha("left")
-        last.set_ha("right")
+        first.set_horizontalalignment("left")
+        last.set_horizontalalignment("right")
 
     def _scale(self, plot: Axes, seconds: int, most: float, ticks: Mapping[float, str]) -> None:
         plot.set_xlim(0, seconds)

@@ -9,47 +9,55 @@ import argparse
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from starlette.concurrency import iterate_in_threadpool
 
+from asgi_infer import InferenceRunner
+
 from ._children import Child, answer, once
-from ._figure import Figure, Metric, Round, Sample, Scale, one_by_one
+from ._figure import Comparison, Figure, Metric, Round, Sample, Scale, one_by_one
 from ._flow import Running, server
-from ._flow_server import lines
+from ._flow_server import FEW, lines
 from ._http import run_on_the_fastest_loop
 from ._usage import used_between
 
 ITEMS = 20_000  # of each stream
-_FEW = 50  # of each stream, where only whether everything runs is of interest
 _CLIENTS = (1, 8)
 
 
-def _arm(arm: str) -> Callable[[Scale], Sample]:
+def _arm(arm: str, *arguments: str) -> Callable[[Scale], Sample]:
     def measure(scale: Scale) -> Sample:
-        sample: dict[str, float] = {}
-        with server(scale, arm, "--items", str(ITEMS if scale.iterations else _FEW)) as running:
+        items = ("--items", str(ITEMS if scale.iterations else FEW))
+        with (
+            server(scale, arm, *items, *arguments) as running,
+            Child(*_client(running.port, scale)) as client,
+        ):
+            sample = {"first": 1000 * client.ask()["first"]}
             for clients in _CLIENTS:
-                sample |= _read(running, scale, clients)
-        return sample
+                sample |= _read(running, client, clients)
+            return sample
 
     return measure
 
 
-def _read(running: Running, scale: Scale, clients: int) -> dict[str, float]:
-    """The figures for so many clients; their names end in that number."""
-    options = [
-        *("--connections", str(clients), "--alone", str(scale.passes)),
+def _client(port: int, scale: Scale) -> list[str]:
+    return [
+        *("_stream_load", str(port), "--alone", str(scale.passes)),
+        *("--connections", *map(str, _CLIENTS)),
         *("--warmup", str(scale.warmup), "--seconds", str(scale.seconds)),
     ]
-    with Child("_stream_load", str(running.port), "/predict", *options) as child:
-        child.ask()
-        before = running.read()
-        child.tell()
-        seen = child.ask()
-        used = used_between(before, running.read())
+
+
+def _read(running: Running, client: Child, clients: int) -> dict[str, float]:
+    """The figures for so many clients; their names end in that number."""
+    client.ask()
+    before = running.read()
+    client.tell()
+    seen = client.ask()
+    used = used_between(before, running.read())
     others = [each for thread, each in used.items() if thread != running.loop]
     return {
-        "first": 1000 * seen["alone"],
         f"items_{clients}": seen["items"] / seen["seconds"],
         f"first_{clients}": 1000 * seen["first"],
         f"threads_{clients}": sum(each.cpu > 0 for each in others),
@@ -68,8 +76,16 @@ async def _pass(items: AsyncIterator[bytes], count: int) -> float:
 
 
 async def child(passes: int, count: int) -> None:
-    """Measure in this process and tell the parent. Arms take turns."""
+    """Measure in this process and tell the parent."""
+    runner: InferenceRunner[None]
+    async with InferenceRunner() as runner:
+        await _take_turns(runner, passes, count)
+
+
+async def _take_turns(runner: InferenceRunner[Any], passes: int, count: int) -> None:
     arms: dict[str, Callable[[], AsyncIterator[bytes]]] = {
+        "runner": lambda: runner.stream(lines, count),
+        "interleave": lambda: runner.stream(lines, count, interleave=True),
         "threadpool": lambda: iterate_in_threadpool(lines(count)),
     }
     seen: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -95,7 +111,17 @@ def main() -> None:
     run_on_the_fastest_loop(child(options.passes, options.items))
 
 
-ARMS = {"threadpool": _arm("threadpool-stream")}
+ARMS = {
+    "runner": _arm("runner-stream"),
+    "interleave": _arm("runner-stream", "--interleave"),
+    "threadpool": _arm("threadpool-stream"),
+}
+
+_NOTE = (
+    "Threads are native ones that used any CPU, without the event loop's. The first item is "
+    "timed\nwith a client that is alone, and with 8 that read all the time: without interleave, a "
+    "stream\nhas the model's thread to itself, and the next begins when it ends."
+)
 
 FIGURES = [
     Figure(
@@ -110,16 +136,27 @@ FIGURES = [
             Metric("threads_8", "threads", digits=0),
             Metric("first_8", "first item ms"),
         ],
-        comparisons=[],
+        comparisons=[
+            Comparison("items_1", "runner", "threadpool", at_least=3),
+            Comparison("items_8", "runner", "threadpool", at_least=3),
+            Comparison("items_8", "interleave", "threadpool", at_least=3),
+            Comparison("threads_8", "runner", at_most=1),
+            Comparison("threads_8", "threadpool"),
+            Comparison("first", "runner", "threadpool"),
+        ],
         steps=one_by_one(ARMS),
         rounds=3,
+        notes=_NOTE,
     ),
     Figure(
         name="stream-handoff",
         title="the same without HTTP: async for, on uvloop",
-        arms=["threadpool"],
+        arms=list(ARMS),
         metrics=[Metric("item", "us/item", digits=2)],
-        comparisons=[],
+        comparisons=[
+            Comparison("item", "runner", "threadpool", at_most=0.33),
+            Comparison("item", "interleave", "threadpool"),
+        ],
         steps=[_handoff],
         rounds=9,
         notes="Each round is a process of its own: which CPUs its threads share is a lottery.",

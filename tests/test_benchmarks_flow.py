@@ -214,7 +214,7 @@ def test_a_stream_is_read_to_its_end_and_asked_for_again() -> None:
             asked.append(bytes(data))
 
     async def main() -> int:
-        reader = _stream_load.Reader(REQUEST, first.append)
+        reader = _stream_load.Reader(REQUEST, first.append, _stream_load.Reader.ask)
         reader.connection_made(Wire())
         for part in (b"HTTP/1.1 200 OK\r\n\r\n2\r\nz\n\r\n", b"2\r\nz\n\r\n0\r", b"\n\r\n"):
             assert len(asked) == 1
