@@ -113,9 +113,14 @@ def unbatched(app: FastAPI, options: argparse.Namespace) -> None:
         return (await runner.run(runner.model.predict_many, [item.number]))[0]
 
 
+def batcher_for(runner: InferenceRunner[Work], options: argparse.Namespace) -> Batcher[int, int]:
+    delay: float = options.max_delay
+    return Batcher(runner, runner.model.predict_many, max_size=SIZE, max_delay=delay)
+
+
 def with_batcher(app: FastAPI, options: argparse.Namespace) -> None:
     runner = ours(app, options)
-    batcher = Batcher(runner, runner.model.predict_many, max_size=SIZE)
+    batcher = batcher_for(runner, options)
 
     @app.post("/predict")
     async def predict(item: Item) -> int:
@@ -125,7 +130,7 @@ def with_batcher(app: FastAPI, options: argparse.Namespace) -> None:
 def with_batcher_alone(app: FastAPI, options: argparse.Namespace) -> None:
     """What is left of FastAPI is Starlette: no models of the request and of the response."""
     runner = ours(app, options)
-    batcher = Batcher(runner, runner.model.predict_many, max_size=SIZE)
+    batcher = batcher_for(runner, options)
 
     async def predict(request: Request) -> JSONResponse:
         item = await request.json()
@@ -192,6 +197,7 @@ def application(arguments: Sequence[str] | None = None) -> FastAPI:
     parser.add_argument("--work", type=Work.parse, default=NOTHING, help="FIXED,EACH: iterations")
     parser.add_argument("--deadline", type=float, help="seconds: the runner's timeout")
     parser.add_argument("--overload", default=QueuePolicy.overload, help="the queue's policy")
+    parser.add_argument("--max-delay", type=float, default=0.0, help="seconds, of batches")
     parser.add_argument("--interleave", action="store_true", help="streams")
     parser.add_argument("--items", type=int, default=0, help="of a stream")
     options = parser.parse_args(arguments)
