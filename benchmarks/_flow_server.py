@@ -6,8 +6,9 @@ Each arm is written as its own documentation has it, and serves ``/predict``.
 
 import argparse
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, HTTPException
@@ -77,9 +78,22 @@ def with_dependency(app: FastAPI, options: argparse.Namespace) -> None:
         return digit
 
 
+def executor_of(app: FastAPI) -> ThreadPoolExecutor:
+    """One that ends with the application."""
+    executor = ThreadPoolExecutor(1)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with executor:
+            yield
+
+    app.router.lifespan_context = lifespan
+    return executor
+
+
 def with_executor(app: FastAPI, options: argparse.Namespace) -> None:
     work: Work = options.work
-    executor = ThreadPoolExecutor(1)
+    executor = executor_of(app)
 
     @app.get("/predict")
     async def predict() -> int:
@@ -90,7 +104,7 @@ def with_executor_and_timeout(app: FastAPI, options: argparse.Namespace) -> None
     """What waits in an executor can be cancelled, and then does not run."""
     work: Work = options.work
     deadline: float = options.deadline
-    executor = ThreadPoolExecutor(1)
+    executor = executor_of(app)
 
     @app.get("/predict")
     async def predict() -> int:

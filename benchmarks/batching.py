@@ -99,8 +99,8 @@ _NOTE = (
     f"{1000 * WINDOW:g} ms with\nLitServe, mosec and max_delay, which is the Batcher with that "
     "option, for 5 ms, its default, with\nbatched, with BentoML for what its dispatcher finds "
     "best, and not at all with batcher. Starlette is\nmax_delay in a route of Starlette's, "
-    "without FastAPI's models of request and response. mosec's HTTP\nis native code. CPU and switches "
-    "are of all native threads of all processes of a server."
+    "without FastAPI's models of request and response. mosec's HTTP\nis native code. CPU and "
+    "switches are of all native threads of all processes of a server."
 )
 _OTHERS = ["unbatched", *(rival.arm for rival in RIVALS)]
 

@@ -15,6 +15,8 @@ CALL = 0.0133  # seconds
 DEADLINE = 0.5  # seconds after which nobody has use for an answer
 _LEAVES_AFTER = DEADLINE + 0.1
 _BEFORE_AND_AFTER = 1 / 6  # of the overload
+_LATENCIES = ("accepted_p50", "accepted_p99", "refusal_p50", "refusal_p99")
+_NOBODY = dict.fromkeys(_LATENCIES, 0.0)  # where a moment has to fill every column
 _CONNECTIONS = 4  # of the closed loop that measures the capacity
 
 
@@ -30,11 +32,11 @@ def _arm(arm: str, *arguments: str) -> Callable[[Scale], Sample]:
         options = ("--work", str(work), "--deadline", str(DEADLINE), *arguments)
         with (
             server(scale, arm, *options) as running,
-            Child(*_client(running.port, scale)) as child,
+            Child(*_client(running.port, scale)) as client,
         ):
-            child.ask()
-            child.tell()
-            return sample(child.ask())
+            client.ask()
+            client.tell()
+            return sample(client.ask(), **({} if scale.iterations else _NOBODY))
 
     return measure
 
@@ -48,8 +50,11 @@ def _client(port: int, scale: Scale) -> list[str]:
     ]
 
 
-def sample(seen: Mapping[str, Any]) -> Traced:
-    """The figures of what a client of ``_open_loop`` saw."""
+def sample(seen: Mapping[str, Any], **missing: float) -> Traced:
+    """The figures of what a client of ``_open_loop`` saw.
+
+    :param missing: figures of what did not happen; usually they have none
+    """
     capacity, during = seen["capacity"], seen["overload"]
     parts = {name: during[name] / during["offered"] for name in ("refused", "left", "late")}
     figures = {
@@ -61,9 +66,8 @@ def sample(seen: Mapping[str, Any]) -> Traced:
         "recovery": seen["recovery"],
         "lag": 1000 * during["lag"],
     }
-    latencies = ("accepted_p50", "accepted_p99", "refusal_p50", "refusal_p99")
-    figures |= {name: 1000 * during[name] for name in latencies if name in during}
-    return Traced(figures, seen["series"])
+    latencies = {name: 1000 * during[name] for name in _LATENCIES if name in during}
+    return Traced({**missing, **figures, **latencies}, seen["series"])
 
 
 ARMS: dict[str, Callable[[Scale], Sample]] = {
