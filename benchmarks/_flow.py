@@ -13,7 +13,7 @@ import uvicorn
 from asgi_infer.native.procfs import all_thread_counters
 
 from ._children import Child
-from ._figure import Scale
+from ._figure import Sample, Scale, Unavailable
 from ._flow_server import application
 from ._server import configured, listener
 from ._usage import Reading
@@ -28,6 +28,17 @@ class Running:
     """Reads the counters of its threads."""
     loop: int
     """The native thread of its event loop."""
+
+
+def only_told_otherwise(measure: Callable[[Scale], Sample]) -> Callable[[Scale], Sample]:
+    """An arm that runs the same code as another: whether that runs is seen there."""
+
+    def step(scale: Scale) -> Sample:
+        if not scale.iterations:
+            raise Unavailable("with a no-op it differs from its neighbour in nothing")
+        return measure(scale)
+
+    return step
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ._batches import SIZE, WINDOW
 from ._figure import Comparison, Figure, Metric, Sample, Scale, one_by_one
-from ._flow import server
+from ._flow import only_told_otherwise, server
 from ._load import Load, ask_for_calls, per_call
 from ._work import NOTHING, VARIABLE, Work
 from .rivals import BENTOML, LITSERVE, MOSEC, Rival
@@ -68,7 +68,7 @@ def figure(load: Load, comparisons: list[Comparison]) -> Figure:
     """All who batch, and one who doesn't."""
     arms = {
         "batcher": _ours(load, "batcher"),
-        "max_delay": _ours(load, "batcher", "--max-delay", str(WINDOW)),
+        "max_delay": only_told_otherwise(_ours(load, "batcher", "--max-delay", str(WINDOW))),
         "Starlette": _ours(load, "batcher-alone", "--max-delay", str(WINDOW)),
         "unbatched": _ours(load, "unbatched"),
         **{rival.arm: _theirs(rival, load) for rival in RIVALS},

@@ -7,7 +7,7 @@ from typing import Any
 
 from ._children import Child
 from ._figure import Comparison, Figure, Metric, Sample, Scale, Traced, one_by_one
-from ._flow import server
+from ._flow import only_told_otherwise, server
 from ._open_loop import Phase
 from ._work import NOTHING, Work
 
@@ -71,7 +71,9 @@ def sample(seen: Mapping[str, Any], **missing: float) -> Traced:
 
 
 ARMS: dict[str, Callable[[Scale], Sample]] = {
-    **{f"runner: {how}": _arm("runner", "--overload", how) for how in ("shed", "newest", "wait")},
+    "runner: shed": _arm("runner", "--overload", "shed"),
+    "runner: newest": only_told_otherwise(_arm("runner", "--overload", "newest")),
+    "runner: wait": only_told_otherwise(_arm("runner", "--overload", "wait")),
     "def": _arm("def"),
     "max_concurrency": _arm("dependency"),
     "executor": _arm("executor"),
