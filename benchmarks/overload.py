@@ -74,10 +74,10 @@ ARMS: dict[str, Callable[[Scale], Sample]] = {
     "runner: shed": _arm("runner", "--overload", "shed"),
     "runner: newest": only_told_otherwise(_arm("runner", "--overload", "newest")),
     "runner: wait": only_told_otherwise(_arm("runner", "--overload", "wait")),
+    "executor, timeout": _arm("executor-timeout"),
     "def": _arm("def"),
     "max_concurrency": _arm("dependency"),
     "executor": _arm("executor"),
-    "with timeout": _arm("executor-timeout"),
 }
 OURS = ("runner: shed", "runner: newest", "runner: wait")
 

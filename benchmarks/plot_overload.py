@@ -30,7 +30,7 @@ LIGHT = {
     "def": "#d55e00",
     "max_concurrency": "#b7568f",
     "executor": "#c98600",
-    "with timeout": "#0072b2",
+    "executor, timeout": "#0072b2",
 }
 DARK = {
     "page": "#12151a",
@@ -43,11 +43,11 @@ DARK = {
     "def": "#f07b2b",
     "max_concurrency": "#d68ab6",
     "executor": "#e8a823",
-    "with timeout": "#4a9fe0",
+    "executor, timeout": "#4a9fe0",
 }
 
-COLUMNS = 3
-WIDTH, ROW, HEAD, DPI = 1080.0, 290.0, 104.0, 2.0  # pixels of a page; DPI of them to a point
+COLUMNS = 4
+WIDTH, ROW, HEAD, DPI = 1320.0, 290.0, 104.0, 2.0  # pixels of a page; DPI of them to a point
 _LEFT, _GAP = 52.0, 30.0
 _MOST = 0.65  # seconds: the top of the latencies
 
