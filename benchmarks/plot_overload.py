@@ -124,7 +124,7 @@ class Drawing:
         seconds = len(series["p50"])
         self._scale(plot, seconds, _MOST, {0: "0", DEADLINE: f"{1000 * DEADLINE:.0f} ms"})
         edges = [0, round(seconds / 8), round(seconds * 7 / 8), seconds]  # of the phases
-        plot.set_xticks(edges, [f"{edge} s" for edge in edges])
+        plot.set_xticks(edges, [*map(str, edges[:-1]), f"{seconds} s"])
         first, *_, last = plot.get_xticklabels()
         first.set_horizontalalignment("left")
         last.set_horizontalalignment("right")
