@@ -24,10 +24,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from asgi_infer import InferenceMiddleware, InferenceRunner, runner_from
+from asgi_infer import InferenceMiddleware, InferenceRunner, _exit, runner_from
 from asgi_infer._client import Receive, Scope, Send
 
 GRACE = float(os.environ.get("GRACE", "5"))
+_exit.GRACE = float(os.environ.get("EXIT_GRACE", "1"))
 
 LIMIT = 30.0
 """Seconds after which a call that a test holds open gives up, should the test have died."""

@@ -320,9 +320,12 @@ def test_submitted_call_that_notices_its_deadline() -> None:
             check_cancelled()
 
     with InferenceRunner[None](timeout=SOON) as runner:
+        anyio.run(runner.start)
         future = runner.submit(call)
         until_true(future.done)
-        assert isinstance(future.exception(0), DeadlineExceeded)
+        error = future.exception(0)
+    assert isinstance(error, DeadlineExceeded)
+    assert error.started
     assert runner.statistics().expired == 1
 
 
