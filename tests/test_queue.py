@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from asgi_infer._batch import BatchGroup
 from asgi_infer._call import Call
 from asgi_infer._model import ModelReference
 from asgi_infer._queue import CallQueue, size_of
@@ -101,12 +103,13 @@ def test_ahead_of_counts_groups_apart() -> None:
         make_call(second, "item"),
         make_call(first, "item", priority=3),
     )
-    assert queue.ahead_of(0, 1.0) == {None: 1, first: 1, second: 1}
-    assert queue.ahead_of(0, 3.0) == {None: 1, first: 2, second: 1}
-    assert (queue.count_of(first), queue.count_of(None)) == (2, 0)
+    together, apart = BatchGroup(first, None), BatchGroup(second, None)
+    assert queue.ahead_of(0, 1.0) == {None: 1, together: 1, apart: 1}
+    assert queue.ahead_of(0, 3.0) == {None: 1, together: 2, apart: 1}
+    assert (queue.count_of(together), queue.count_of(None)) == (2, 0)
     assert queue.pop() is not None
     assert queue.pop() is not None
-    assert queue.count_of(first) == 1
+    assert queue.count_of(together) == 1
 
 
 # -- ageing ------------------------------------------------------------------------------------
@@ -143,6 +146,28 @@ def test_newest() -> None:
     for call in (first, second, late):
         queue.push(call)
     assert queue.newest() is second
+
+
+@given(st.lists(st.tuples(PRIORITIES, st.integers(0, 9)), max_size=12))
+def test_in_order(calls: list[tuple[int, int]]) -> None:
+    """To look at all in order is to see what taking them would give, also in the same tick."""
+    arrivals = sorted(arrived for _, arrived in calls)
+    queue = CallQueue(99, ageing=1.0)
+    for (priority, _), arrived in zip(calls, arrivals, strict=True):
+        queue.push(make_call(priority=priority, arrived=float(arrived)))
+    seen = list(queue.in_order())
+    assert seen == [queue.pop() for _ in calls]
+
+
+def test_newest_first() -> None:
+    """Each class from its end, the lower numbers first."""
+    first, second, late, later = (make_call(priority=p) for p in (0, 0, 1, 1))
+    assert list(queue_of(first, late, second, later).newest_first()) == [
+        second,
+        first,
+        later,
+        late,
+    ]
 
 
 # -- bytes -------------------------------------------------------------------------------------
