@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, cast
 
 from ._call import Call, Port, Work
 from ._model import ModelReference, name_of
-from ._statistics import moving_average
 
 _FADE = 0.9  # weight of a batch beside the one that ran after it
 
@@ -23,11 +22,13 @@ class LinearCost:
 
     :ivar fixed: seconds, whatever the size
     :ivar each: seconds for every item
+    :ivar latest: seconds that the latest batch has taken
     """
 
     def __init__(self) -> None:
         self.fixed = 0.0
         self.each = 0.0
+        self.latest = 0.0
         self._weight = 0.0
         self._mean_size = 0.0
         self._mean_time = 0.0
@@ -36,6 +37,7 @@ class LinearCost:
 
     def add(self, size: int, seconds: float) -> None:
         """A batch of ``size`` has taken ``seconds``."""
+        self.latest = seconds
         self._weight = _FADE * self._weight + 1.0
         share = 1.0 / self._weight
         off_size, off_time = size - self._mean_size, seconds - self._mean_time
@@ -86,7 +88,10 @@ class BatchFunction:
         self.cost = LinearCost()
         # A batch is no single caller's: it runs in the context in which the Batcher was made.
         self.context = copy_context()
-        self._gap = 0.0  # seconds from one call to the next, moving average
+        # Seconds from one call to the next. They fade as batches do: of one caller alone, whose
+        # every gap is longer than its batch, the average is longer than that of the batches.
+        self._gap = 0.0
+        self._gaps = 0.0  # the weight of all of them
         self._last: float | None = None  # when the latest call came
 
     def __call__(self, item: Any, /) -> Any:
@@ -96,10 +101,11 @@ class BatchFunction:
     def arrived(self, now: float) -> None:
         """One more call has been queued."""
         if self._last is not None:
-            gap, long_enough = now - self._last, 2.0 * self.cost.fixed
-            # A night without calls is no more than a gap that nobody waits for: it is forgotten
-            # as soon.
-            self._gap = moving_average(self._gap, min(gap, long_enough) if long_enough else gap)
+            # A night without calls is no more than a gap that nobody waits for, and forgotten as
+            # soon.
+            gap = min(now - self._last, 2.0 * max(self.cost.fixed, self.cost.latest))
+            self._gaps = _FADE * self._gaps + 1.0
+            self._gap += (gap - self._gap) / self._gaps
         self._last = now
 
     def seconds(self, count: int) -> float:
