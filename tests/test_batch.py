@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asgi_infer._batch import BatchCall, BatchFunction, LinearCost
@@ -173,6 +173,7 @@ def test_wait_pays(fixed: float, each: float, gap: float, waiting: int) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(1e-6, 10), st.floats(0, 100)), max_size=40))
+@example([(0.001, 0.0)] * 20 + [(10.0, 0.0)] + [(0.001, 0.0)] * 3)
 def test_one_caller_alone_never_waits(rounds: list[tuple[float, float]]) -> None:
     """One who calls again when it has its answer, at once or later, is never held up, from its
     first call on, and however long its calls take."""

@@ -221,17 +221,19 @@ async def test_cancelled_while_it_runs(runner: InferenceRunner[Model], gate: Gat
 
 @anywhere
 async def test_member_that_is_too_late(runner: InferenceRunner[Model]) -> None:
-    """Its caller has the error in time, and its mates their results."""
+    """Its caller has the error in time, and who waits with it a result."""
     inside = Gate()
     batcher: Batcher[int, int] = Batcher(runner, inside, max_size=8)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(batcher.run, 1)
         await inside.entered_async()
+        mates = [batcher.submit(2), batcher.submit(3)]
         with pytest.raises(DeadlineExceeded) as caught:
-            await batcher.run(2, timeout=0.01)
+            await batcher.run(4, timeout=0.01)
+        assert not caught.value.started
         inside.release.set()
-    assert not caught.value.started
-    assert runner.statistics().batch_sizes == {1: 1}
+    assert [mate.result(LIMIT) for mate in mates] == [2, 3]
+    assert runner.statistics().batch_sizes == {1: 1, 2: 1}
 
 
 @anywhere
