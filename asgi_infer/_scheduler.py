@@ -249,6 +249,8 @@ class Scheduler:
         with self._lock:
             now = self.clock()
             self._item_time = moving_average(self._item_time, now - self._turn_began)
+            # Its first item, too, was a turn; and not the queue's, unless others wait for theirs.
+            self._stream_next = self._stream_next and self._suspended.ready
             self._suspended.add(call, now)
             self._running = None
             following = self._claim(now)
