@@ -11,7 +11,7 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from functools import partial, update_wrapper
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast, overload
 
 from . import _checks, _exit
@@ -447,7 +447,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 running=counters.running,
                 late=counters.late,
                 service_time=counters.service_time,
-                batch_sizes=MappingProxyType(dict(sorted(counters.batch_sizes.items()))),
+                batch_sizes=dict(sorted(counters.batch_sizes.items())),
                 batches_split=counters.batches_split,
                 overloaded=any(scheduler.overloaded for scheduler in schedulers),
                 cores_used=usage.cores_used,

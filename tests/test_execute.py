@@ -6,21 +6,31 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from typing import Any, NoReturn
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from asgi_infer._buffer import StreamCall
 from asgi_infer._call import Call, CallState, Departure, Work, check_cancelled, here
 from asgi_infer._errors import CallFailed, DeadlineExceeded
 from asgi_infer._execute import step_stream
+from asgi_infer._refusals import stopped
 from asgi_infer._scheduler import Scheduler
 from asgi_infer._statistics import Counters
 from asgi_infer.workers._protocol import Steps
 from asgi_infer.workers.thread import OpenGenerator
 
-from .calls import RecordingPort
+from .calls import RecordingPort, make_call
 from .streams import make_stream_call
 
 # -- streams -----------------------------------------------------------------------------------
@@ -488,3 +498,204 @@ def test_fair_turns(bench: StreamBench) -> None:
             call = bench.scheduler.finish(call, None, None)
     assert order == ["a0", "b0", "a1", "0", "b1", "1", "a2", "2", "b2", "3", "4"]
     assert bench.books() == (7, 0, 0, 0, 0)
+
+
+def test_fair_to_those_who_came_first(bench: StreamBench) -> None:
+    """Ever new streams can't keep those that have begun from their turns."""
+    order: list[str] = []
+
+    def generate(name: str) -> Iterator[int]:
+        while True:
+            order.append(name)
+            yield 1
+
+    def admit(name: str) -> None:
+        bench.scheduler.admit(make_stream_call(generate, name, buffer=100))
+
+    admit("a")
+    call, _ = bench.scheduler.poll()
+    for name in "bcdefg":
+        admit(name)
+        assert isinstance(call, StreamCall)
+        call = bench.step(call)
+    assert "".join(order) == "abacbd"
+    bench.scheduler.send_away(bench.scheduler.under_way(), stopped)
+    while call is not None:
+        assert isinstance(call, StreamCall)
+        call = bench.step(call)
+
+
+# -- what others wait for ------------------------------------------------------------------------
+
+
+def taking(bench: StreamBench, *seconds: float) -> Callable[[], Iterator[int]]:
+    """A generator function whose steps take so long."""
+
+    def generate() -> Iterator[int]:
+        for number, step in enumerate(seconds):
+            bench.now += step
+            yield number
+
+    return generate
+
+
+def needs(bench: StreamBench) -> float:
+    """Seconds that a call would need by now, as it is told on arrival."""
+    with pytest.raises(DeadlineExceeded, match="the call has") as caught:
+        bench.scheduler.admit(make_call(deadline=bench.now + 1e-6))
+    return float(str(caught.value).split("about ")[1].split(" s;")[0])
+
+
+def test_wait_for_an_exclusive_stream(bench: StreamBench) -> None:
+    """A call behind a stream waits for all of it, as long as those take as a rule.
+
+    When one takes longer than that nobody knows, and the call is let in.
+    """
+    bench.run(taking(bench, 5, 5))
+    call = bench.start(taking(bench, 5, 5))
+    bench.now += 4
+    assert needs(bench) == 6
+    bench.now += 7
+    bench.scheduler.admit(make_call(deadline=bench.now + 1))
+    bench.scheduler.drop_queued(stopped)
+    bench.step(call)
+
+
+def test_wait_for_an_interleaved_stream(bench: StreamBench) -> None:
+    """A call behind one that lets others run waits for one item, however long it lasts."""
+    bench.run(taking(bench, 5, 5, 5), interleave=True)
+    call = bench.start(taking(bench, 5, 5, 5), interleave=True)
+    for _ in range(3):
+        bench.now += 2
+        assert needs(bench) == 3
+        bench.now -= 2
+        bench.step(call)
+    bench.step(call)
+
+
+def test_wait_among_interleaved_streams(bench: StreamBench) -> None:
+    """One item of those that have begun comes after each call; of those that stand, none."""
+    bench.run(taking(bench, 2, 2), interleave=True)
+    bench.counters.service_time = 10.0
+    bench.start(taking(bench, 2, 2), interleave=True)
+    bench.scheduler.admit(make_call())
+    bench.scheduler.admit(make_call())
+    assert needs(bench) == 2 + 2 * 10 + 10
+    stream = bench.scheduler.current()
+    assert isinstance(stream, StreamCall)
+    running = bench.step(stream)
+    assert running is not None
+    assert needs(bench) == 10 + (10 + 2) + 10
+    bench.scheduler.send_away(bench.scheduler.under_way(), stopped)
+    last = bench.scheduler.finish(running, None, None)
+    assert last is stream
+    bench.step(stream)
+
+
+# -- the books -----------------------------------------------------------------------------------
+
+
+class Books(RuleBasedStateMachine):
+    """Streams and calls, admitted, stepped, consumed and given up in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bench = StreamBench()
+        self.streams: list[StreamCall] = []
+        self.taken: dict[StreamCall, list[int]] = {}
+        self.running: Call | None = None
+
+    @rule(
+        length=st.integers(0, 4),
+        buffer=st.integers(1, 3),
+        fails=st.booleans(),
+        deadline=st.none() | st.integers(1, 4),
+        stall_timeout=st.none() | st.integers(1, 3),
+    )
+    def stream(self, length: int, buffer: int, fails: bool, **limits: int | None) -> None:
+        def generate() -> Iterator[int]:
+            yield from range(length)
+            if fails:
+                raise Failure
+
+        deadline = limits["deadline"]
+        call = make_stream_call(
+            generate,
+            buffer=buffer,
+            stall_timeout=limits["stall_timeout"],
+            deadline=None if deadline is None else self.bench.now + deadline,
+        )
+        with suppress(DeadlineExceeded):
+            self.bench.scheduler.admit(call)
+            self.streams.append(call)
+            self.taken[call] = []
+
+    @rule()
+    def call(self) -> None:
+        self.bench.scheduler.admit(make_call())
+
+    @rule()
+    def turn(self) -> None:
+        """What the thread does."""
+        if self.running is None:
+            self.running, _ = self.bench.scheduler.poll()
+            self.bench.scheduler._idle = False  # nobody sleeps here
+            if self.running is not None and self.running.state is not CallState.RUNNING:
+                self.running = None
+        elif isinstance(self.running, StreamCall):
+            self.running = self.bench.step(self.running)
+        else:
+            self.running = self.bench.scheduler.finish(self.running, None, None)
+
+    @rule(data=st.data(), items=st.integers(1, 3))
+    def take(self, data: st.DataObject, items: int) -> None:
+        """What a consumer does."""
+        waiting = [call for call in self.streams if call.buffer]
+        if waiting:
+            call = data.draw(st.sampled_from(waiting))
+            for _ in range(min(items, len(call.buffer._items))):
+                self.taken[call].append(call.buffer.take())
+                if call.parked and call.buffer.half_empty:
+                    self.bench.scheduler.resume(call)
+
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        if self.streams:
+            call = data.draw(st.sampled_from(self.streams))
+            self.bench.scheduler.leave(call, Departure.CANCELLED)
+
+    @rule()
+    def time_passes(self) -> None:
+        self.bench.now += 1
+
+    @invariant()
+    def law(self) -> None:
+        c, scheduler = self.bench.counters, self.bench.scheduler
+        ended = c.completed + c.failed + c.cancelled + c.expired + c.rejected
+        assert c.submitted == ended + scheduler.queued + c.running
+        states = [call.state for call in scheduler.under_way()]
+        assert c.running == states.count(CallState.RUNNING)
+
+    @invariant()
+    def items(self) -> None:
+        for call, taken in self.taken.items():
+            assert taken == list(range(len(taken)))
+            assert len(call.buffer._items) <= call.buffer.size
+
+    def teardown(self) -> None:
+        """Whatever stands is consumed or stalls: everything ends, and nothing stays parked."""
+        self.bench.scheduler.stop()
+        for call in self.streams:
+            self.bench.scheduler.leave(call, Departure.CANCELLED)
+        for _ in range(3 * (len(self.streams) + self.bench.counters.submitted) + 3):
+            self.turn()
+        assert self.bench.scheduler.poll() == (None, True)
+        self.law()
+        assert self.bench.counters.running == 0
+        assert all(call.over and call.steps is None for call in self.streams)
+
+
+def test_books() -> None:
+    """After every step of any history the books balance, and in the end everything has ended."""
+    settings = hypothesis.settings(max_examples=40, stateful_step_count=30, deadline=None)
+    run_state_machine_as_test(Books, settings=settings)

@@ -105,9 +105,10 @@ async def test_items(runner: InferenceRunner[None], interleave: bool, buffer: in
 @on_every_loop
 async def test_falsy_items(runner: InferenceRunner[None]) -> None:
     """Items may be anything, also None."""
-    items = [None, 0, "", False, [], math.nan]
-    assert [item async for item in runner.stream(iter, items)] == items
-    assert [item async for item in runner.stream(iter, [])] == []
+    items: list[Any] = [None, 0, "", False, [], math.nan]
+    for all_items in (items, []):
+        stream = runner.stream(iter, all_items)
+        assert [item async for item in stream] == all_items
 
 
 @on_every_loop
@@ -387,7 +388,7 @@ async def test_aclose_beside_the_consumer(
         runner.submit(gate, 1)
         await gate.entered_async()
     reached = source.hold(0)
-    ended = []
+    ended: list[int | str] = []
     stream = runner.stream(source)
 
     async def consume() -> None:
@@ -858,7 +859,7 @@ async def test_not_a_generator(runner: InferenceRunner[None]) -> None:
     with pytest.raises(TypeError, match="len returned a int, and a stream needs a generator"):
         await anext(runner.stream(len, "abc"))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="yielded a coroutine"):
-        await anext(runner.stream(lambda: iter([coroutine()])))
+        _ = await anext(runner.stream(lambda: iter([coroutine()])))
 
 
 @on_every_loop
@@ -992,7 +993,7 @@ def test_nothing_is_kept(runner: InferenceRunner[None], end: str) -> None:
         stream = runner.stream(generate, argument, buffer=2, stall_timeout=None)
         remains.extend([weakref.ref(argument), weakref.ref(stream)])
         del argument
-        await anext(stream)
+        _ = await anext(stream)
         if end == "aclose":
             await stream.aclose()
         elif end != "drop":
@@ -1005,7 +1006,7 @@ def test_nothing_is_kept(runner: InferenceRunner[None], end: str) -> None:
     gc.disable()
     try:
         asyncio.run(consume())
-        on_new_thread(lambda: books(runner))
+        books(runner)
         until_true(lambda: [each() for each in remains] == [None] * len(remains))
     finally:
         gc.enable()
