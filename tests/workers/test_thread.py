@@ -218,6 +218,31 @@ def test_iterate_lazily() -> None:
     assert logged() == []
 
 
+def test_context_of_all_steps() -> None:
+    """The steps and the end share one copy of the caller's context: also when it is closed."""
+    variable = contextvars.ContextVar("variable", default="none")
+    seen = []
+
+    def generate_in_context() -> Iterator[int]:
+        try:
+            seen.append(variable.get())
+            variable.set("generator's")
+            yield 1
+        finally:
+            seen.append(variable.get())
+
+    def step_and_close(worker: OpenThreadWorker) -> None:
+        steps = worker.iterate(*work)
+        next(steps)
+        steps.close()
+
+    variable.set("caller's")
+    work = work_of(generate_in_context)
+    on_worker(make_spec(None), step_and_close)
+    assert seen == ["caller's", "generator's"]
+    assert variable.get() == "caller's"
+
+
 @pytest.mark.parametrize(
     ("func", "args", "items"),
     [
