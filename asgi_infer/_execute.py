@@ -139,19 +139,26 @@ def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException
 
 def step_stream(worker: OpenWorker, scheduler: Scheduler, call: StreamCall) -> Call | None:
     """Step a generator until it ends, or once if others may run in between; return who is next."""
-    error: Exception | None = None
+    suspends, error = _turn(worker, scheduler, call)
+    if suspends:
+        return scheduler.suspend(call)
+    closing_error = _close(scheduler, call)
+    try:
+        return scheduler.finish(call, None, closing_error if error is None else error)
+    finally:
+        del error, closing_error  # their tracebacks refer to this frame
+
+
+def _turn(
+    worker: OpenWorker, scheduler: Scheduler, call: StreamCall
+) -> tuple[bool, Exception | None]:
+    """Step the generator; return whether others may run before the next step, or the error."""
     try:
         if call.steps is None:
             call.steps = worker.iterate(cast("Work", call.work), call.context)
-        if _step(scheduler, call, call.steps):
-            return scheduler.suspend(call)
-        call.steps.close()
+        return _step(scheduler, call, call.steps), None
     except BaseException as exception:
-        if isinstance(exception, CallCancelled):
-            _give_up(scheduler, [call])
-        error = as_error(exception, call.work)
-    call.steps = None  # destroyed here, on the thread that made it
-    return scheduler.finish(call, None, error)
+        return False, _stream_error(scheduler, call, exception)
 
 
 def _step(scheduler: Scheduler, call: StreamCall, steps: Steps) -> bool:
@@ -164,9 +171,15 @@ def _step(scheduler: Scheduler, call: StreamCall, steps: Steps) -> bool:
             return False
         if call.interleave:
             return True
-        if buffer.full and not buffer.wait_for_room(call.stall_timeout):
-            scheduler.leave(call, Departure.EXPIRED, stalled)
+        # Asked before the clock is: there is room as a rule.
+        if buffer.full and not buffer.wait_for_room(call.patience(scheduler.clock())):
+            _stop_if_stalled(scheduler, call)
     return False
+
+
+def _stop_if_stalled(scheduler: Scheduler, call: StreamCall) -> None:
+    if not call.given_up(scheduler.clock()):
+        scheduler.leave(call, Departure.EXPIRED, stalled)
 
 
 def _wanted(scheduler: Scheduler, call: StreamCall) -> bool:
@@ -175,6 +188,23 @@ def _wanted(scheduler: Scheduler, call: StreamCall) -> bool:
         return True
     _give_up(scheduler, [call])
     return False
+
+
+def _close(scheduler: Scheduler, call: StreamCall) -> Exception | None:
+    """Close the generator, and destroy it, on the thread that made it; return its error."""
+    steps, call.steps = call.steps, None
+    try:
+        if steps is not None:
+            steps.close()
+    except BaseException as exception:
+        return _stream_error(scheduler, call, exception)
+    return None
+
+
+def _stream_error(scheduler: Scheduler, call: StreamCall, exception: BaseException) -> Exception:
+    if isinstance(exception, CallCancelled):
+        _give_up(scheduler, [call])
+    return as_error(exception, call.work)
 
 
 # -- errors ------------------------------------------------------------------------------------

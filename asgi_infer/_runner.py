@@ -282,7 +282,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         if timeout is not None:
             _checks.check_seconds("timeout", timeout)
         if is_generator_function(func, self._spec.load):
-            return update_wrapper(partial(self._stream_of, func, timeout, priority), func)
+            return update_wrapper(self._stream_of(func, timeout, priority), func)
         _checks.check_func(func)
 
         async def call(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -292,16 +292,13 @@ class InferenceRunner(Executor, Generic[ModelT]):
         return update_wrapper(call, func)
 
     def _stream_of(
-        self,
-        func: Callable[..., Iterator[T]],
-        timeout: float | None,
-        priority: int,
-        /,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Stream[T]:
-        bound = partial(func, *args, **kwargs)
-        return self.stream(bound, timeout=timeout, priority=priority)
+        self, func: Callable[P, Iterator[T]], timeout: float | None, priority: int
+    ) -> Callable[P, Stream[T]]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> Stream[T]:
+            bound = partial(func, *args, **kwargs)
+            return self.stream(bound, timeout=timeout, priority=priority)
+
+        return call
 
     @property
     def model(self) -> ModelT:

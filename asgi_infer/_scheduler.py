@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 
 from . import _refusals
 from ._batch import BatchCall, BatchFunction, BatchGroup
@@ -53,6 +54,7 @@ class Scheduler:
     ) -> None:
         self.clock = clock
         self._lock = lock
+        self._ownership = threading.Condition(lock)  # nobody waits there: it knows the owner
         self._policy = policy
         self._counts_bytes = max_bytes is not None
         self._counters = counters  # guarded by _lock
@@ -65,7 +67,9 @@ class Scheduler:
         self._stopped = False
         self._idle = False  # the thread sleeps, or is about to
         self._look_again = math.inf  # when it is to wake up by itself
-        self._stream_time = 0.0  # seconds that a stream runs, moving average
+        self._stream_time = 0.0  # seconds that a stream holds the thread, moving average
+        self._item_time = 0.0  # the same for one item of a stream that lets others run
+        self._turn_began = 0.0  # when who runs was claimed
         self._stream_next = False  # whose turn it is: a suspended stream's, or the queue's
         self._idle_waiters: list[Future[None]] = []
         # A binary semaphore: the thread sleeps in acquire(); whoever clears _idle releases.
@@ -128,6 +132,20 @@ class Scheduler:
             call.buffer.close()
             self.resume(call)  # so that the thread comes and ends it
         return True
+
+    def abandon(self, call: StreamCall) -> None:
+        """As ``leave``, for the garbage collector, which may come in the middle of anything.
+
+        So also where this very thread holds the lock, and the queue is half changed.
+        """
+        try:
+            self._ownership.notify()
+        except RuntimeError:  # it does not
+            self.leave(call, Departure.CANCELLED)
+            return
+        leave = threading.Thread(target=self.leave, args=(call, Departure.CANCELLED), daemon=True)
+        with suppress(RuntimeError):  # no threads any more: the interpreter is about to end
+            leave.start()
 
     def withdraw(self, call: Call) -> bool:
         """Take ``call`` out of the queue if it is still there; a started call is left alone."""
@@ -236,6 +254,9 @@ class Scheduler:
         """A stream that lets others run has had its turn; returns as ``finish`` does."""
         with self._lock:
             now = self.clock()
+            self._item_time = moving_average(self._item_time, now - self._turn_began)
+            # Its first item, too, was a turn; and not the queue's, unless others wait for theirs.
+            self._stream_next = self._stream_next and self._suspended.ready
             self._suspended.add(call, now)
             self._running = None
             following = self._claim(now)
@@ -304,6 +325,17 @@ class Scheduler:
         """The same, read without the lock: a forked child may never get that."""
         return [*self._begun(), *self._queue]
 
+    def leave_behind(self, error: ErrorOf) -> list[Call]:
+        """In a forked child: end what was under way with an error each, and return it."""
+        self._lock = threading.RLock()  # whoever held the old one is not there
+        self._ownership = threading.Condition(self._lock)
+        orphans = self.orphans()
+        for call in orphans:
+            call.error = error(call)
+            call.departure = Departure.CANCELLED
+            call.state = CallState.DROPPED
+        return orphans
+
     @property
     def queued(self) -> int:
         """How many calls wait. To be read under the lock, or as a hint."""
@@ -324,6 +356,7 @@ class Scheduler:
     def _claim(self, now: float) -> Call | None:
         """Take the next call: to run it, or to drop it if it is too late for that."""
         call = self._next(now)
+        self._turn_began = now
         if call is None or call.state is CallState.RUNNING:
             self._running = call
             return call
@@ -479,7 +512,7 @@ class Scheduler:
         running = self._running
         if running is not None:
             size = len(running.members) if type(running) is BatchCall else 1
-            runs = call.arrived - running.started
+            runs = call.arrived - self._turn_began
             wait = max(0.0, self._seconds(running.group, size) - runs)
         if self._overload.active and self._policy.overload == "newest":
             return wait
@@ -490,13 +523,17 @@ class Scheduler:
                 wait += rest * group.function.cost.each
                 count -= rest
             wait += self._seconds(group, count)
+            if self._suspended.ready:  # they have a turn after each
+                wait += count * self._item_time
         return wait
 
     def _seconds(self, group: object, count: int) -> float:
         """What ``count`` calls of a group are going to take."""
         if isinstance(group, BatchGroup):
             return group.function.seconds(count)
-        return count * (self._counters.service_time if group is None else self._stream_time)
+        if group is None:
+            return count * self._counters.service_time
+        return count * (self._stream_time if group == "stream" else self._item_time)
 
     # -- under the lock: the books -------------------------------------------------------------
 
@@ -520,7 +557,8 @@ class Scheduler:
     def _note_time(self, call: Call, seconds: float) -> None:
         counters = self._counters
         if type(call) is StreamCall:
-            self._stream_time = moving_average(self._stream_time, seconds)
+            if not call.interleave:
+                self._stream_time = moving_average(self._stream_time, seconds)
         else:
             counters.service_time = moving_average(counters.service_time, seconds)
 

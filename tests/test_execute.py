@@ -1,4 +1,4 @@
-"""What the thread does with what it has claimed, on a scheduler with a clock of the tests' own."""
+"""Batches on the thread: what a run does, on a scheduler with a clock of the tests' own."""
 
 from __future__ import annotations
 

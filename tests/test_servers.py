@@ -280,6 +280,25 @@ def test_fifty_websockets_hang_up(server: Server) -> None:
     assert server.stats()["cancelled"] == before["cancelled"] + 51
 
 
+@pytest.mark.parametrize("path", ["/endless", "/endless?interleave=1", "/base/endless"])
+def test_client_hangs_up_in_a_stream(server: Server, path: str) -> None:
+    """A client that hangs up in the middle has the generator closed on its thread, which is free.
+
+    It has read a part, and the rest stands: in the server's buffers, and in the stream's.
+    """
+    before = server.stats()
+    with server.connection(path) as sock, sock.makefile("rb") as response:
+        lines = iter(response.readline, b"")
+        assert next(lines).split()[1] == b"200"
+        assert b"more\n" in lines
+        server.until(lambda now: now["running"] == 1)
+    server.until(lambda now: now["running"] == 0)
+    assert server.release() == ["closed on the same thread"]
+    after = server.stats()
+    assert after["cancelled"] == before["cancelled"] + 1
+    assert after["late"] == before["late"] + 1
+
+
 def test_background_calls_are_not_dropped(server: Server) -> None:
     """A client that hangs up after its response takes no background call with it."""
     before = server.stats()

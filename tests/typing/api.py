@@ -16,10 +16,12 @@ from typing import Any, assert_type
 
 import numpy as np
 from fastapi import FastAPI
+from fastapi.sse import EventSourceResponse
 from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
+from starlette.responses import StreamingResponse
 
 from asgi_infer import (
     Batcher,
@@ -28,6 +30,7 @@ from asgi_infer import (
     InferenceRunner,
     NativePolicy,
     RunnerStatistics,
+    Stream,
     check_cancelled,
     runner_from,
 )
@@ -45,6 +48,10 @@ class Digits:
 
     def predict(self, image: Image, top: int = 1) -> list[int]:
         """Returns what run() must return."""
+        raise NotImplementedError
+
+    def steps(self, count: int) -> Iterator[str]:
+        """Yields what stream() must give."""
         raise NotImplementedError
 
 
@@ -123,6 +130,33 @@ async def wrapping(runner: InferenceRunner[Digits], image: Image) -> None:
         return 2 * number
 
     assert_type(await double(3), int)
+
+
+async def streaming(runner: InferenceRunner[Digits]) -> None:
+    """stream() takes a generator function's arguments and gives its items."""
+    stream = runner.stream(runner.model.steps, 3)
+    assert_type(stream, Stream[str])
+    async for step in stream:
+        assert_type(step, str)
+    assert_type(await anext(runner.stream(iter, [1, 2])), int)
+    async with runner.stream(
+        partial(runner.model.steps, count=3),
+        buffer=1,
+        stall_timeout=None,
+        interleave=True,
+        timeout=1.5,
+        priority=-1,
+    ) as same:
+        assert_type(same, Stream[str])
+        await same.aclose()
+    StreamingResponse(stream)
+    EventSourceResponse(stream)
+    wrapped = runner.wrap(runner.model.steps, timeout=1.0)
+    assert_type(wrapped(count=3), Stream[str])
+    runner.stream(runner.model.steps, "3")  # type: ignore[arg-type]
+    runner.stream(runner.model.steps(3))  # type: ignore[arg-type]
+    runner.stream(area, 3, 4)  # type: ignore[arg-type]
+    wrapped("3")  # type: ignore[arg-type]
 
 
 async def living(runner: InferenceRunner[Digits]) -> None:
