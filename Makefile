@@ -11,7 +11,7 @@ OCR := "rapidocr-onnxruntime>=1.4,<2; python_version < '3.13'"
 QUIET_PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types unit soak bench bench-full-cpu test-matrix clean
+.PHONY: help run test lint types unit soak bench bench-full-cpu bench-flow test-matrix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,11 @@ bench-full-cpu: $(RUN_STAMP) ## the same for models that want every CPU, and bes
 	@$(BIN)/python $(QUIET_PIP) install --group bench-full-cpu
 	@$(BIN)/python $(QUIET_PIP) install --no-deps $(OCR)
 	@$(BIN)/python -m benchmarks --set full-cpu
+
+bench-flow: $(RUN_STAMP) ## overload, batches and streams, beside what else there is; with pictures
+	@$(BIN)/python $(QUIET_PIP) install --group bench-flow
+	@$(BIN)/python -m benchmarks --set flow
+	@$(BIN)/python -m benchmarks.plot_overload
 
 test-matrix: ## the tests on every Python at hand, and with the lowest dependencies
 	@$(PYTHON) tests/matrix.py

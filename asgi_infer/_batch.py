@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import Context, copy_context
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from ._call import Call, Port, Work
-from ._model import name_of
-from ._statistics import moving_average
+from ._model import ModelReference, name_of
 
 _FADE = 0.9  # weight of a batch beside the one that ran after it
 
@@ -16,16 +15,20 @@ _FADE = 0.9  # weight of a batch beside the one that ran after it
 class LinearCost:
     """Seconds that a batch of n takes, ``fixed + each * n``, learned from those that have run.
 
-    Least squares, in which older batches fade. (That a batch's time is a line, and that it can be
-    learned on the way, is how BentoML's dispatcher sees it, too.)
+    Weighted least squares, in which a batch counts for 0.9 of the one that ran after it; mean,
+    variance and covariance are kept up to date in one pass, as Welford does it (Technometrics
+    4(3), 1962). That a batch's time is a line, and that it can be learned on the way, is how
+    BentoML's dispatcher sees it, too. Neither number is ever negative.
 
     :ivar fixed: seconds, whatever the size
     :ivar each: seconds for every item
+    :ivar latest: seconds that the latest batch has taken
     """
 
     def __init__(self) -> None:
         self.fixed = 0.0
         self.each = 0.0
+        self.latest = 0.0
         self._weight = 0.0
         self._mean_size = 0.0
         self._mean_time = 0.0
@@ -34,6 +37,7 @@ class LinearCost:
 
     def add(self, size: int, seconds: float) -> None:
         """A batch of ``size`` has taken ``seconds``."""
+        self.latest = seconds
         self._weight = _FADE * self._weight + 1.0
         share = 1.0 / self._weight
         off_size, off_time = size - self._mean_size, seconds - self._mean_time
@@ -45,7 +49,7 @@ class LinearCost:
         if self._variance > 1e-3:
             self.each = max(0.0, self._covariance / self._variance)
         self.each = min(self.each, self._mean_time / self._mean_size)
-        self.fixed = self._mean_time - self.each * self._mean_size
+        self.fixed = max(0.0, self._mean_time - self.each * self._mean_size)
 
     def __call__(self, size: int) -> float:
         """The seconds that a batch of ``size`` is going to take; 0 when none has run yet."""
@@ -61,7 +65,7 @@ class BatchFunction:
     :param func: takes what ``join`` makes of the items, returns what ``split`` can take apart
     :param key_of: items may share a batch if this is equal for them; raises for a bad item
     :param join: all items of a batch -> the one argument of ``func``
-    :param split: what ``func`` returned, and the number of items -> that many results
+    :param split: what ``func`` returned, and the number of items -> a list of that many results
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class BatchFunction:
         max_delay: float,
         key_of: Callable[[Any], Hashable],
         join: Callable[[list[Any]], Any],
-        split: Callable[[Any, int], Any],
+        split: Callable[[Any, int], list[Any]],
     ) -> None:
         self.func = func
         self.__qualname__ = name_of(func)
@@ -84,8 +88,11 @@ class BatchFunction:
         self.cost = LinearCost()
         # A batch is no single caller's: it runs in the context in which the Batcher was made.
         self.context = copy_context()
-        self._gap = 0.0  # seconds from one call to the next, moving average
-        self._last = 0.0  # when the latest call came
+        # Seconds from one call to the next. They fade as batches do: of one caller alone, whose
+        # every gap is longer than its batch, the average is longer than that of the batches.
+        self._gap = 0.0
+        self._gaps = 0.0  # the weight of all of them
+        self._last: float | None = None  # when the latest call came
 
     def __call__(self, item: Any, /) -> Any:
         """Never: calls of it are run by ``run_batch``."""
@@ -93,8 +100,12 @@ class BatchFunction:
 
     def arrived(self, now: float) -> None:
         """One more call has been queued."""
-        if self._last:
-            self._gap = moving_average(self._gap, now - self._last)
+        if self._last is not None:
+            # A night without calls is no more than a gap that nobody waits for, and forgotten as
+            # soon.
+            gap = min(now - self._last, 2.0 * max(self.cost.fixed, self.cost.latest))
+            self._gaps = _FADE * self._gaps + 1.0
+            self._gap += (gap - self._gap) / self._gaps
         self._last = now
 
     def seconds(self, count: int) -> float:
@@ -116,22 +127,33 @@ class BatchFunction:
         :returns: a time, ``oldest`` or before if it does not pay
         """
         gain = self.cost.fixed - waiting * self.cost.each
-        if (waiting + 1) * self._gap >= gain:
+        if self._last is None or (waiting + 1) * self._gap >= gain:
             return oldest
         # Who has not come after twice the usual gap is not about to come.
         return min(oldest + self.max_delay, self._last + 2.0 * self._gap)
 
 
+class BatchGroup(NamedTuple):
+    """What calls have in common that may share a batch."""
+
+    function: BatchFunction
+    key: Hashable
+
+
 class BatchCall(Call):
     """One item of a ``Batcher``: a call that others may join when it is taken.
 
-    :ivar members: of the batch that this call leads, itself included: set when that starts
+    :raises TypeError: its item is none for this function
+    :ivar members: of the batch that this call leads, itself included, from its start to its end;
+        written by the inference thread alone, under the scheduler's lock
+    :ivar together: those of them that the function runs for now; the inference thread's own
     """
 
-    __slots__ = ("function", "key", "members")
+    __slots__ = ("_group", "members", "together")
 
-    function: BatchFunction
-    members: list[BatchCall]
+    # Neither is set to [self] from the start: that would be a reference cycle in every call.
+    members: Sequence[BatchCall]
+    together: Sequence[BatchCall]
 
     def __init__(
         self,
@@ -143,9 +165,16 @@ class BatchCall(Call):
         waiter: Any,
     ) -> None:
         super().__init__(work, context, deadline, priority, port, waiter)
-        self.function = work[0]
-        self.key = self.function.key_of(work[1][0])
-        self.members = [self]
+        function: BatchFunction = work[0]
+        item = work[1][0]
+        if type(item) is ModelReference:
+            raise TypeError(
+                f"{item!r} can't be an item of a batch, where nothing would follow it: let the "
+                f"function look there itself, and pass what differs from call to call"
+            )
+        self._group = BatchGroup(function, function.key_of(item))
+        self.members = ()
+        self.together = ()
 
     @property
     def name(self) -> str:
@@ -153,9 +182,14 @@ class BatchCall(Call):
         return name_of(self.function)
 
     @property
-    def group(self) -> BatchFunction:
-        """What it waits in line for: see ``Call.group``."""
-        return self.function
+    def group(self) -> BatchGroup:
+        """Who may join it; see ``Call.group``, too."""
+        return self._group
+
+    @property
+    def function(self) -> BatchFunction:
+        """What runs it, together with others."""
+        return self._group.function
 
     @property
     def item(self) -> Any:
@@ -163,5 +197,5 @@ class BatchCall(Call):
         return cast("Work", self.work)[1][0]
 
     def given_up(self, now: float) -> bool:
-        """Whether nobody waits for any call of the batch any more."""
-        return all(Call.given_up(member, now) for member in self.members)
+        """Whether nobody waits any more for any of the calls that it runs together with."""
+        return all(Call.given_up(call, now) for call in self.together or [self])

@@ -1,14 +1,17 @@
 """The items of a stream on their way from the inference thread to whoever consumes them.
 
 One thread puts, one task takes. Between two items neither has to take a lock: a waiting consumer
-is woken through its event loop, as the callers of calls are, and a waiting thread by an event.
+is woken through its event loop, as the callers of calls are, and a waiting thread by a latch.
 
 Guarantees
-    * Items come out in the order in which they were put in, and never more than ``size`` wait.
-    * A thread that waits for room is woken when there is some, and when nobody will take any more.
+    * Items come out in the order in which they were put in. Never more than ``size`` wait, if the
+      thread asks for room first.
+    * A consumer that waits is woken by the next item, and when the buffer is closed.
+    * A thread that waits for room is woken when there is some, and when the buffer is closed.
+    * Closing takes no lock: the garbage collector may do it in the middle of anything.
 
 Assumptions
-    * ``deque.append`` and ``deque.popleft`` are atomic.
+    * ``deque.append``, ``deque.pop`` and ``deque.popleft`` are atomic.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
@@ -29,39 +33,48 @@ class StreamBuffer:
     """
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self.size = size
         self._items: deque[Any] = deque()  # the thread appends, the consumer pops
-        self._port: Port | None = None  # set once, when the consumer waits for the first time
-        self._waiter: Any = None  # the consumer's; whoever finds it there wakes it
+        # The consumer, if it waits. Whoever gets it out of there wakes it, so that nobody can
+        # take one for another; a new one pushes out the old, for which nobody waits any more.
+        self._waiting: deque[tuple[Port, Any]] = deque(maxlen=1)
         self._closed = False  # only ever set
         self._blocked = False  # the thread waits for room, or is about to
-        self._room = threading.Event()
+        # The latch: the thread waits in acquire(), and release() lets it through, once. One that
+        # was let through in vain asks again.
+        self._room = threading.Lock()
+        self._room.acquire()
 
     # -- for the inference thread --------------------------------------------------------------
 
     def put(self, item: Any) -> None:
-        """Add an item, whether or not there is room for it."""
-        self._items.append(item)
-        self.post()
+        """Add an item, whether or not there is room for it; nothing once it is closed."""
+        if not self._closed:
+            self._items.append(item)
+            self.post()
 
     @property
     def full(self) -> bool:
         """Whether the thread is to wait before it makes another item."""
-        return len(self._items) >= self._size and not self._closed
+        return len(self._items) >= self.size and not self._closed
+
+    @property
+    def half_empty(self) -> bool:
+        """Whether there is room for so many items that it is worth while to wake the thread."""
+        return len(self._items) <= self.size // 2
 
     def wait_for_room(self, timeout: float | None) -> bool:
-        """Wait until half of the buffer is free, or it is closed; False if that takes too long."""
-        self._room.clear()
+        """Wait until the buffer is half empty, or closed; False if it is still full in the end.
+
+        :param timeout: seconds
+        """
         # In this order: a consumer that makes room after the question finds the flag.
         self._blocked = True
-        there_is = not self.full or self._room.wait(timeout)
+        while self.full:
+            if not self._room.acquire(timeout=-1 if timeout is None else timeout):
+                break
         self._blocked = False
-        return there_is
-
-    def close(self) -> None:
-        """Nobody takes items any more: the thread does not wait for room. From any thread."""
-        self._closed = True
-        self._room.set()
+        return not self.full
 
     # -- for the consumer ----------------------------------------------------------------------
 
@@ -71,8 +84,8 @@ class StreamBuffer:
     def take(self) -> Any:
         """Take the next item out. There is one."""
         item = self._items.popleft()
-        if self._blocked and len(self._items) <= self._size // 2:
-            self._room.set()
+        if self._blocked and self.half_empty:
+            self._let_through()
         return item
 
     def clear(self) -> None:
@@ -81,21 +94,35 @@ class StreamBuffer:
 
     def wait_with(self, waiter: Any, port: Port) -> None:
         """From now on whatever happens wakes ``waiter``, once. Look again before you wait."""
-        self._port = port
-        self._waiter = waiter
+        self._waiting.append((port, waiter))
+
+    # -- for everybody -------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Nobody takes items any more: wake who waits, the thread and the consumer."""
+        self._closed = True
+        self._let_through()
+        self.post()
+
+    def _let_through(self) -> None:
+        with suppress(RuntimeError):  # it has been, and the thread has not come by yet
+            self._room.release()
 
     # -- as a port -----------------------------------------------------------------------------
 
     def post(self, waiter: Any = None, /) -> None:
         """Wake the consumer, if it waits. From any thread; never raises, never blocks."""
         del waiter  # the one of the call, which is none: a consumer waits more than once
-        waiting, self._waiter = self._waiter, None
-        if waiting is not None and self._port is not None:
-            self._port.post(waiting)
+        try:
+            port, waiting = self._waiting.pop()
+        except IndexError:  # it does not, or somebody else wakes it
+            return
+        port.post(waiting)
 
     def call_soon_threadsafe(self, func: Callable[[], object], /) -> bool:
-        """Call ``func`` on the consumer's loop; False if that is not known, or has ended."""
-        return self._port is not None and self._port.call_soon_threadsafe(func)
+        """A stream may have no loop yet, or have another one by then."""
+        del func
+        return False
 
     def call_later(self, delay: float, func: Callable[[], object], /) -> Callable[[], object]:
         """Nobody asks a stream for that."""
@@ -112,7 +139,10 @@ class StreamCall(Call):
 
     __slots__ = ("buffer", "interleave", "parked", "stall_timeout", "steps")
 
-    group = "stream"
+    @property
+    def group(self) -> object:
+        """Who waits for one that lets others run waits for one item, else for all of them."""
+        return "item" if self.interleave else "stream"
 
     def __init__(
         self,
@@ -131,6 +161,13 @@ class StreamCall(Call):
         self.interleave = interleave
         self.steps: Any = None
         self.parked = False
+
+    def patience(self, now: float) -> float | None:
+        """Seconds that its buffer may stay full from ``now`` on; None if there is no limit."""
+        if self.deadline is None:
+            return self.stall_timeout
+        left = max(0.0, self.deadline - now)
+        return left if self.stall_timeout is None else min(left, self.stall_timeout)
 
     @property
     def over(self) -> bool:

@@ -12,14 +12,14 @@ import concurrent.futures
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ._batch import BatchCall
+from ._batch import BatchCall, BatchFunction
 from ._buffer import StreamCall
 from ._call import Call, Departure, Work
 from ._errors import CallCancelled, CallFailed
 from ._model import name_of
 from ._refusals import stalled
 from ._scheduler import Scheduler
-from .workers._protocol import OpenWorker, Steps
+from .workers._protocol import LazyResult, OpenWorker, Steps
 
 
 def run_call(worker: OpenWorker, scheduler: Scheduler, call: Call) -> tuple[Any, Exception | None]:
@@ -44,30 +44,53 @@ def run_batch(worker: OpenWorker, scheduler: Scheduler, batch: BatchCall) -> Non
     """Run the calls of a batch together, and settle each.
 
     A batch that fails is run again in two halves, and so on, until what fails is alone: of n
-    calls one that fails costs at most ``2 * log2(n)`` calls of the function more, and any
+    calls one that fails costs at most ``2 * ceil(log2(n))`` calls of the function more, and any
     number of them ``2 * n - 2``. Calls that nobody waits for any more are left out of those.
     """
-    parts: list[list[BatchCall]] = [batch.members]
+    parts = [batch.members]
     while parts:
-        calls = _still_awaited(scheduler, parts.pop())
-        if not calls:
-            continue
-        error = _run_together(worker, scheduler, calls)
-        if error is None:
-            continue
-        if len(calls) == 1 or isinstance(error, WrongResults | CallCancelled):
+        parts += _run_part(worker, scheduler, batch, parts.pop())
+
+
+def _run_part(
+    worker: OpenWorker, scheduler: Scheduler, batch: BatchCall, part: Sequence[BatchCall]
+) -> list[Sequence[BatchCall]]:
+    """Run some calls of ``batch``, and settle them; return what is to be run again, last first."""
+    calls = _still_awaited(scheduler, part)
+    if not calls:
+        return []
+    batch.together = calls
+    error = _run_together(worker, scheduler, calls)
+    if error is None:
+        return []
+    try:
+        if len(calls) == 1 or isinstance(error, WrongResults | LazyResult):
             _fail(scheduler, calls, error)
-        else:
-            middle = len(calls) // 2
-            parts += [calls[middle:], calls[:middle]]
+            return []
+        return _halves(scheduler, calls)
+    finally:
+        del error  # its traceback refers to this frame
 
 
-def _still_awaited(scheduler: Scheduler, calls: list[BatchCall]) -> list[BatchCall]:
-    gone = [call for call in calls if call.departure is not None]
+def _halves(scheduler: Scheduler, calls: Sequence[BatchCall]) -> list[Sequence[BatchCall]]:
+    calls = _still_awaited(scheduler, calls)
+    if not calls:
+        return []
+    scheduler.note_split()
+    middle = len(calls) // 2
+    return [calls[middle:], calls[:middle]]
+
+
+def _still_awaited(scheduler: Scheduler, calls: Sequence[BatchCall]) -> Sequence[BatchCall]:
+    """Settle those that nobody waits for any more; return the others."""
+    _give_up(scheduler, calls)
+    awaited: list[BatchCall] = []
+    gone: list[BatchCall] = []
+    for call in calls:  # asked once: its caller may leave at any time
+        (awaited if call.departure is None else gone).append(call)
     if gone:
         scheduler.settle((call, None, None) for call in gone)
-        calls = [call for call in calls if call not in gone]
-    return calls
+    return awaited
 
 
 def _run_together(
@@ -79,7 +102,8 @@ def _run_together(
     seconds: float | None = None
     try:
         joined = function.join([call.item for call in calls])
-        returned = worker.execute((function.func, (joined,)), function.context)
+        # In a copy: what a batch sets in its context is not for the next one to see.
+        returned = worker.execute((function.func, (joined,)), function.context.copy())
         del joined
         values = _split(function, returned, len(calls))
         seconds = scheduler.clock() - began
@@ -91,21 +115,22 @@ def _run_together(
     return None
 
 
-def _split(function: Any, returned: Any, count: int) -> Sequence[Any]:
+def _split(function: BatchFunction, returned: Any, count: int) -> list[Any]:
+    """The results in a list of our own: nobody else's code is to run while they are settled."""
     try:
-        values: Sequence[Any] = function.split(returned, count)
-    except TypeError as error:
+        return function.split(returned, count)
+    except Exception as error:
         raise WrongResults(f"{name_of(function)} {error}") from None
-    return values
 
 
 def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException) -> None:
     if isinstance(error, CallCancelled):
         _give_up(scheduler, calls)
-    if len(calls) == 1:
+    if isinstance(error, WrongResults | LazyResult):
+        # One for each: an error that many tasks raise at once would get the tracebacks of all.
+        errors: list[Exception] = [TypeError(*error.args) for _ in calls]
+    else:
         errors = [as_error(error, calls[0].work)]
-    else:  # one for each: an error that is raised in many tasks at once has a traceback of none
-        errors = [as_error(type(error)(*error.args), call.work) for call in calls]
     scheduler.settle((call, None, each) for call, each in zip(calls, errors, strict=True))
 
 
@@ -114,19 +139,26 @@ def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException
 
 def step_stream(worker: OpenWorker, scheduler: Scheduler, call: StreamCall) -> Call | None:
     """Step a generator until it ends, or once if others may run in between; return who is next."""
-    error: Exception | None = None
+    suspends, error = _turn(worker, scheduler, call)
+    if suspends:
+        return scheduler.suspend(call)
+    closing_error = _close(scheduler, call)
+    try:
+        return scheduler.finish(call, None, closing_error if error is None else error)
+    finally:
+        del error, closing_error  # their tracebacks refer to this frame
+
+
+def _turn(
+    worker: OpenWorker, scheduler: Scheduler, call: StreamCall
+) -> tuple[bool, Exception | None]:
+    """Step the generator; return whether others may run before the next step, or the error."""
     try:
         if call.steps is None:
             call.steps = worker.iterate(cast("Work", call.work), call.context)
-        if _step(scheduler, call, call.steps):
-            return scheduler.suspend(call)
-        call.steps.close()
+        return _step(scheduler, call, call.steps), None
     except BaseException as exception:
-        if isinstance(exception, CallCancelled):
-            _give_up(scheduler, [call])
-        error = as_error(exception, call.work)
-    call.steps = None  # destroyed here, on the thread that made it
-    return scheduler.finish(call, None, error)
+        return False, _stream_error(scheduler, call, exception)
 
 
 def _step(scheduler: Scheduler, call: StreamCall, steps: Steps) -> bool:
@@ -139,9 +171,15 @@ def _step(scheduler: Scheduler, call: StreamCall, steps: Steps) -> bool:
             return False
         if call.interleave:
             return True
-        if buffer.full and not buffer.wait_for_room(call.stall_timeout):
-            scheduler.leave(call, Departure.EXPIRED, stalled)
+        # Asked before the clock is: there is room as a rule.
+        if buffer.full and not buffer.wait_for_room(call.patience(scheduler.clock())):
+            _stop_if_stalled(scheduler, call)
     return False
+
+
+def _stop_if_stalled(scheduler: Scheduler, call: StreamCall) -> None:
+    if not call.given_up(scheduler.clock()):
+        scheduler.leave(call, Departure.EXPIRED, stalled)
 
 
 def _wanted(scheduler: Scheduler, call: StreamCall) -> bool:
@@ -150,6 +188,23 @@ def _wanted(scheduler: Scheduler, call: StreamCall) -> bool:
         return True
     _give_up(scheduler, [call])
     return False
+
+
+def _close(scheduler: Scheduler, call: StreamCall) -> Exception | None:
+    """Close the generator, and destroy it, on the thread that made it; return its error."""
+    steps, call.steps = call.steps, None
+    try:
+        if steps is not None:
+            steps.close()
+    except BaseException as exception:
+        return _stream_error(scheduler, call, exception)
+    return None
+
+
+def _stream_error(scheduler: Scheduler, call: StreamCall, exception: BaseException) -> Exception:
+    if isinstance(exception, CallCancelled):
+        _give_up(scheduler, [call])
+    return as_error(exception, call.work)
 
 
 # -- errors ------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from ._thread import InferenceThread
 GRACE = 1.0
 """Seconds that a forgotten runner may hold up the end of the program."""
 
+_MOMENT = 0.1  # seconds
+
 _live: weakref.WeakSet[InferenceThread] = weakref.WeakSet()  # guarded by the GIL
 _forkable: weakref.WeakSet[Any] = weakref.WeakSet()  # guarded by the GIL
 _stopping = threading.Lock()  # held by whoever stops all, so that it is done once
@@ -97,6 +99,7 @@ def _stop_all() -> None:
         for thread in threads:
             if not thread.join(max(0.0, deadline - time.monotonic())):
                 thread.stop_now()
+                thread.join(_MOMENT)  # one that waits for a stream's consumer ends now
 
 
 def _in_child(reset: Callable[[Any], object]) -> None:

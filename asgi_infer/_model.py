@@ -62,15 +62,29 @@ def name_of(func: object) -> str:
 
 
 def is_generator_function(func: object, load: object) -> bool:
-    """Whether ``func`` is known to return a generator. Of references, if ``load`` is a class."""
-    if isinstance(func, partial):
-        return is_generator_function(func.func, load)
+    """Whether ``func`` is known to return a generator.
+
+    Of a reference that is known if ``load`` is the model's class, and has the function. What
+    stands behind an attribute that is made with the model is not known, nor what a decorator
+    or a plain function returns.
+    """
+    while isinstance(func, partial):
+        func = func.func
     if isinstance(func, ModelReference):
-        found: object = load if inspect.isclass(load) else None
-        for name in func._asgi_infer_path:
-            found = inspect.getattr_static(found, name, None)
-        func = found
-    return inspect.isgeneratorfunction(func)
+        return _is_generator_method(func._asgi_infer_path, load)
+    if inspect.isroutine(func) or inspect.isclass(func):
+        return inspect.isgeneratorfunction(func)
+    return inspect.isgeneratorfunction(inspect.getattr_static(func, "__call__", None))
+
+
+def _is_generator_method(path: tuple[str, ...], load: object) -> bool:
+    while isinstance(load, partial):
+        load = load.func
+    found = load if inspect.isclass(load) else None
+    for name in path or ("__call__",):
+        found = inspect.getattr_static(found, name, None)
+    # A static method and a class method hold the function; a method is one.
+    return inspect.isgeneratorfunction(getattr(found, "__func__", found))
 
 
 def resolve_work(work: Any, owner: object, model: Any) -> Any:

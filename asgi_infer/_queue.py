@@ -5,6 +5,7 @@ A plain data structure. It has no lock and no clock; whoever owns it brings both
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -102,6 +103,18 @@ class CallQueue:
                 if first is None or turn < due:
                     first, due = call, turn
         return first
+
+    def in_order(self) -> Iterator[Call]:
+        """All of them, in the order in which they would be taken."""
+        lanes = [lane for lane in self._lanes.values() if lane]
+        if len(lanes) < 2:
+            return iter(self)
+        return heapq.merge(*lanes, key=lambda call: call.arrived + call.priority * self._ageing)
+
+    def newest_first(self) -> Iterator[Call]:
+        """All of them: by priority, then those first that came last."""
+        for lane in self._lanes.values():
+            yield from reversed(lane)
 
     def newest(self) -> Call | None:
         """The one that came last, of the lowest priority number in use; None if there is none."""

@@ -22,9 +22,9 @@ class QueuePolicy:
     time (its ``timeout``, or what its client allows) on waiting. That is the question that
     CoDel asks of a router's queue (Nichols and Jacobson, ACM Queue 10(5), 2012): not how long
     the queue is, but whether it ever gets short. A burst makes a queue long; only overload
-    makes it stand. After ``interval`` seconds of standing the policy acts, until a call has
-    waited for less than half of ``target``, or the queue is empty. Calls without a time limit are
-    never touched, and keep their order.
+    makes it stand. After ``interval`` seconds of standing the policy acts, until for as long no
+    call has waited for half of ``target``. Calls without a time limit are never touched, and
+    keep their order.
 
     :param ageing: seconds that one step of priority is worth. A call of priority ``p`` is
         ordered as if it had come ``p * ageing`` seconds later, so that a call can be overtaken

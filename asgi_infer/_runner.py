@@ -11,7 +11,7 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from functools import partial, update_wrapper
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar, TypeVarTuple, cast, overload
 
 from . import _checks, _exit
@@ -284,7 +284,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         if timeout is not None:
             _checks.check_seconds("timeout", timeout)
         if is_generator_function(func, self._spec.load):
-            return update_wrapper(partial(self._stream_of, func, timeout, priority), func)
+            return update_wrapper(self._stream_of(func, timeout, priority), func)
         _checks.check_func(func)
 
         async def call(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -294,16 +294,13 @@ class InferenceRunner(Executor, Generic[ModelT]):
         return update_wrapper(call, func)
 
     def _stream_of(
-        self,
-        func: Callable[..., Iterator[T]],
-        timeout: float | None,
-        priority: int,
-        /,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Stream[T]:
-        bound = partial(func, *args, **kwargs)
-        return self.stream(bound, timeout=timeout, priority=priority)
+        self, func: Callable[P, Iterator[T]], timeout: float | None, priority: int
+    ) -> Callable[P, Stream[T]]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> Stream[T]:
+            bound = partial(func, *args, **kwargs)
+            return self.stream(bound, timeout=timeout, priority=priority)
+
+        return call
 
     @property
     def model(self) -> ModelT:
@@ -452,7 +449,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 running=counters.running,
                 late=counters.late,
                 service_time=counters.service_time,
-                batch_sizes=MappingProxyType(dict(sorted(counters.batch_sizes.items()))),
+                batch_sizes=dict(sorted(counters.batch_sizes.items())),
                 batches_split=counters.batches_split,
                 overloaded=any(scheduler.overloaded for scheduler in schedulers),
                 cores_used=usage.cores_used,

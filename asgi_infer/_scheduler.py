@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 
 from . import _refusals
-from ._batch import BatchCall, BatchFunction
+from ._batch import BatchCall, BatchFunction, BatchGroup
 from ._buffer import StreamCall
 from ._call import Call, CallState, Departure
 from ._errors import InferenceError
@@ -53,6 +54,7 @@ class Scheduler:
     ) -> None:
         self.clock = clock
         self._lock = lock
+        self._ownership = threading.Condition(lock)  # nobody waits there: it knows the owner
         self._policy = policy
         self._counts_bytes = max_bytes is not None
         self._counters = counters  # guarded by _lock
@@ -65,7 +67,9 @@ class Scheduler:
         self._stopped = False
         self._idle = False  # the thread sleeps, or is about to
         self._look_again = math.inf  # when it is to wake up by itself
-        self._stream_time = 0.0  # seconds that a stream runs, moving average
+        self._stream_time = 0.0  # seconds that a stream holds the thread, moving average
+        self._item_time = 0.0  # the same for one item of a stream that lets others run
+        self._turn_began = 0.0  # when who runs was claimed
         self._stream_next = False  # whose turn it is: a suspended stream's, or the queue's
         self._idle_waiters: list[Future[None]] = []
         # A binary semaphore: the thread sleeps in acquire(); whoever clears _idle releases.
@@ -129,6 +133,20 @@ class Scheduler:
             self.resume(call)  # so that the thread comes and ends it
         return True
 
+    def abandon(self, call: StreamCall) -> None:
+        """As ``leave``, for the garbage collector, which may come in the middle of anything.
+
+        So also where this very thread holds the lock, and the queue is half changed.
+        """
+        try:
+            self._ownership.notify()
+        except RuntimeError:  # it does not
+            self.leave(call, Departure.CANCELLED)
+            return
+        leave = threading.Thread(target=self.leave, args=(call, Departure.CANCELLED), daemon=True)
+        with suppress(RuntimeError):  # no threads any more: the interpreter is about to end
+            leave.start()
+
     def withdraw(self, call: Call) -> bool:
         """Take ``call`` out of the queue if it is still there; a started call is left alone."""
         # Only a queued call can still be taken out, and nothing puts one back: reading the
@@ -157,7 +175,7 @@ class Scheduler:
     def take(self) -> Call | None:
         """Claim the next call, sleeping until there is one; None when it is time to stop."""
         while True:
-            call, over = self.poll()
+            call, over = self.poll(sleep=True)
             if over:
                 return None
             if call is None:
@@ -168,9 +186,10 @@ class Scheduler:
                 call.port.post(call.waiter)
                 del call  # while it sleeps, the thread holds no call alive
 
-    def poll(self) -> tuple[Call | None, bool]:
+    def poll(self, *, sleep: bool = False) -> tuple[Call | None, bool]:
         """Claim the next call, or take it out of the queue if it is too late to run it.
 
+        :param sleep: the thread sleeps if there is none, and is to be woken by the next one
         :returns: the call, and whether there is none and it is time to stop
         """
         with self._lock:
@@ -178,7 +197,7 @@ class Scheduler:
             if call is None:
                 self._notify_if_idle()
                 over = self._stopped and not self._suspended
-                self._idle = not over
+                self._idle = sleep and not over
                 return None, over
         return call, False
 
@@ -210,26 +229,34 @@ class Scheduler:
 
     def finish_batch(self, leader: BatchCall) -> Call | None:
         """All calls of the batch have been settled; returns as ``finish`` does."""
+        now = self.clock()  # the leader may have been settled long before the last one
         with self._lock:
-            self._note_time(leader, leader.ended - leader.started)
+            self._note_time(leader, now - leader.started)
+            leader.members = leader.together = ()  # each would keep all the others alive
             self._running = None
-            following = self._claim(leader.ended)
+            following = self._claim(now)
         return _running_or_posted(following)
 
     def note_batch(self, function: BatchFunction, size: int, seconds: float | None) -> None:
         """``size`` calls have run together, and taken ``seconds``; None if they have failed."""
         with self._lock:
-            if seconds is None:
-                self._counters.batches_split += 1
-            else:
+            if seconds is not None:
                 function.cost.add(size, seconds)
             sizes = self._counters.batch_sizes
             sizes[size] = sizes.get(size, 0) + 1
+
+    def note_split(self) -> None:
+        """A batch has failed, and is about to be run again in two halves."""
+        with self._lock:
+            self._counters.batches_split += 1
 
     def suspend(self, call: StreamCall) -> Call | None:
         """A stream that lets others run has had its turn; returns as ``finish`` does."""
         with self._lock:
             now = self.clock()
+            self._item_time = moving_average(self._item_time, now - self._turn_began)
+            # Its first item, too, was a turn; and not the queue's, unless others wait for theirs.
+            self._stream_next = self._stream_next and self._suspended.ready
             self._suspended.add(call, now)
             self._running = None
             following = self._claim(now)
@@ -298,6 +325,17 @@ class Scheduler:
         """The same, read without the lock: a forked child may never get that."""
         return [*self._begun(), *self._queue]
 
+    def leave_behind(self, error: ErrorOf) -> list[Call]:
+        """In a forked child: end what was under way with an error each, and return it."""
+        self._lock = threading.RLock()  # whoever held the old one is not there
+        self._ownership = threading.Condition(self._lock)
+        orphans = self.orphans()
+        for call in orphans:
+            call.error = error(call)
+            call.departure = Departure.CANCELLED
+            call.state = CallState.DROPPED
+        return orphans
+
     @property
     def queued(self) -> int:
         """How many calls wait. To be read under the lock, or as a hint."""
@@ -318,6 +356,7 @@ class Scheduler:
     def _claim(self, now: float) -> Call | None:
         """Take the next call: to run it, or to drop it if it is too late for that."""
         call = self._next(now)
+        self._turn_began = now
         if call is None or call.state is CallState.RUNNING:
             self._running = call
             return call
@@ -327,7 +366,7 @@ class Scheduler:
         self._begin(call, now)
         self._running = call
         if type(call) is BatchCall:
-            call.members = self._gather(call, now)
+            self._gather(call, now)
         return call
 
     def _begin(self, call: Call, now: float) -> None:
@@ -348,7 +387,7 @@ class Scheduler:
             return suspended.next()
         self._stream_next = True
         if call is None:
-            self._overload.end()
+            self._overload.empty()
             self._look_again = suspended.next_stall if suspended else math.inf
         elif call.deadline is not None:
             self._overload.note(_share_waited(call, call.deadline, now), now)
@@ -366,38 +405,49 @@ class Scheduler:
     def _hold(self, call: BatchCall, now: float) -> bool:
         """Whether to wait for more calls to join the batch that ``call`` would lead."""
         function, waiting = call.function, len(self._queue)
-        others = self._suspended.ready or self._queue.count_of(function) < waiting
+        others = self._suspended.ready or self._queue.count_of(call.group) < waiting
         if others or self._stopped or waiting >= function.max_size:
             return False
-        until = function.wait_until(waiting, call.arrived)
+        until = function.wait_until(waiting, min(each.arrived for each in self._queue))
         deadlines = [each.deadline for each in self._queue if each.deadline is not None]
         if deadlines:
             until = min(until, min(deadlines) - function.cost(waiting + 1))
         self._look_again = min(until, self._suspended.next_stall)
         return now < until
 
-    def _gather(self, leader: BatchCall, now: float) -> list[BatchCall]:
-        """The batch: ``leader``, and those behind it that may join, as far as time allows."""
+    def _gather(self, leader: BatchCall, now: float) -> None:
+        """Make up the batch: ``leader``, and of those that may join it as many as time allows.
+
+        Who is not going to be in time, however small the batch, does not bound it. Among the
+        others, who would be too late in this one waits for the next.
+        """
         function, members = leader.function, [leader]
-        earliest = math.inf if leader.deadline is None else leader.deadline
-        for call in self._queue:
-            if len(members) >= function.max_size:
+        earliest = math.inf
+        if leader.deadline is not None and now + function.cost(1) <= leader.deadline:
+            earliest = leader.deadline
+        for call in self._mates(leader):
+            end = now + function.cost(len(members) + 1)
+            if len(members) >= function.max_size or end > earliest:
                 break
-            if (
-                type(call) is not BatchCall
-                or call.function is not function
-                or call.key != leader.key
-            ):
-                continue
             if call.deadline is not None:
+                if end > call.deadline or now >= call.deadline:
+                    continue
                 earliest = min(earliest, call.deadline)
-            if now + function.cost(len(members) + 1) > earliest:
-                break
             members.append(call)
+        # In this order: a forked child reads both without the lock, and must find all of them.
+        leader.members = members
         for call in members[1:]:
             self._queue.remove(call)
             self._begin(call, now)
-        return members
+
+    def _mates(self, leader: BatchCall) -> Iterator[BatchCall]:
+        """Those of the queue that may join the batch, in the order of their turns."""
+        if not self._queue.count_of(leader.group):
+            return
+        newest = self._overload.active and self._policy.overload == "newest"
+        for call in self._queue.newest_first() if newest else self._queue.in_order():
+            if type(call) is BatchCall and call.group == leader.group:
+                yield call
 
     def _drop_if_late(self, call: Call, now: float) -> bool:
         if call.deadline is None:
@@ -462,21 +512,28 @@ class Scheduler:
         running = self._running
         if running is not None:
             size = len(running.members) if type(running) is BatchCall else 1
-            runs = call.arrived - running.started
+            runs = call.arrived - self._turn_began
             wait = max(0.0, self._seconds(running.group, size) - runs)
         if self._overload.active and self._policy.overload == "newest":
             return wait
         for group, count in self._queue.ahead_of(call.priority, call.arrived).items():
-            if group is call.group and isinstance(group, BatchFunction):
-                count -= count % group.max_size  # the rest it joins
+            if isinstance(group, BatchGroup) and group == call.group:
+                # The rest it joins, and that one runs the longer for it.
+                rest = count % group.function.max_size
+                wait += rest * group.function.cost.each
+                count -= rest
             wait += self._seconds(group, count)
+            if self._suspended.ready:  # they have a turn after each
+                wait += count * self._item_time
         return wait
 
     def _seconds(self, group: object, count: int) -> float:
         """What ``count`` calls of a group are going to take."""
-        if isinstance(group, BatchFunction):
-            return group.seconds(count)
-        return count * (self._counters.service_time if group is None else self._stream_time)
+        if isinstance(group, BatchGroup):
+            return group.function.seconds(count)
+        if group is None:
+            return count * self._counters.service_time
+        return count * (self._stream_time if group == "stream" else self._item_time)
 
     # -- under the lock: the books -------------------------------------------------------------
 
@@ -500,7 +557,8 @@ class Scheduler:
     def _note_time(self, call: Call, seconds: float) -> None:
         counters = self._counters
         if type(call) is StreamCall:
-            self._stream_time = moving_average(self._stream_time, seconds)
+            if not call.interleave:
+                self._stream_time = moving_average(self._stream_time, seconds)
         else:
             counters.service_time = moving_average(counters.service_time, seconds)
 
@@ -523,8 +581,10 @@ class Scheduler:
     def _begun(self) -> list[Call]:
         """What has started and not ended, the call that runs first."""
         running = self._running
-        begun = running.members if type(running) is BatchCall else [running]
-        return [call for call in begun if call is not None] + [*self._suspended.calls()]
+        begun: Iterable[Call] = () if running is None else [running]
+        if type(running) is BatchCall:
+            begun = running.members or begun
+        return [*begun, *self._suspended.calls()]
 
     def _deadline_exceeded(self, call: Call) -> InferenceError:
         return _refusals.deadline_exceeded(call, self.clock())

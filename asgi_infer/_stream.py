@@ -38,6 +38,7 @@ class Stream(Generic[T]):
         self._call = call
         self._scheduler = scheduler
         self._caller = caller
+        self._at_once = call.buffer.size  # how many items to take before other tasks may run
         self._waiting = False
         self._closed = False
 
@@ -50,12 +51,13 @@ class Stream(Generic[T]):
         call = self._call
         while not self._closed:
             over = call.over  # asked first: no item comes after the end
-            if call.departure is None and call.buffer:
-                return self._take()
-            if over or call.departure is not None:
-                self._close()
+            gone = call.departure is not None
+            if gone or (over and not call.buffer):
+                self._close()  # takes the lock: from here on the outcome is complete
                 if call.error is not None:
                     call.outcome()
+            elif call.buffer and self._at_once:
+                return self._take()
             else:
                 await self._wait()
         raise StopAsyncIteration
@@ -76,24 +78,30 @@ class Stream(Generic[T]):
         self._close()
 
     def __del__(self) -> None:
-        self._close()
+        if not self._closed:
+            self._scheduler.abandon(self._call)
+            self._forget()
 
     # -- inside --------------------------------------------------------------------------------
 
     def _take(self) -> T:
         call = self._call
         item: T = call.buffer.take()
-        if call.parked and not call.buffer.full:
+        self._at_once -= 1
+        if call.parked and call.buffer.half_empty:
             self._scheduler.resume(call)
         return item
 
     async def _wait(self) -> None:
-        """Wait until something has happened: an item, the end, or the deadline."""
+        """Wait until something has happened: an item, the end, or the deadline.
+
+        If it has already, let other tasks run: a fast generator must not keep them from it.
+        """
         call, port = self._call, current_port()
         waiter = port.waiter()
         call.buffer.wait_with(waiter, port)
         if call.buffer or call.over or call.departure is not None:
-            return  # it happened in between
+            port.post(waiter)
         self._waiting = True
         try:
             if call.deadline is None:
@@ -105,11 +113,15 @@ class Stream(Generic[T]):
             raise
         finally:
             self._waiting = False
+        self._at_once = call.buffer.size
 
     def _close(self) -> None:
         if not self._closed:
             self._closed = True
             self._scheduler.leave(self._call, Departure.CANCELLED)
-            self._call.buffer.clear()
-            if self._caller is not None:
-                self._caller.left(self._call)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._call.buffer.clear()
+        if self._caller is not None:
+            self._caller.left(self._call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from ._buffer import StreamCall
@@ -15,7 +16,7 @@ class Suspended:
 
     def __init__(self) -> None:
         self._ready: deque[StreamCall] = deque()
-        self._parked: dict[StreamCall, float] = {}  # and when they count as stalled, or infinity
+        self._parked: dict[StreamCall, float] = {}  # and for how long they may be
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._parked)
@@ -34,14 +35,14 @@ class Suspended:
         call.parked = True
         # In this order: a consumer that makes room after the question finds the flag.
         if call.buffer.full:
-            timeout = call.stall_timeout
-            self._parked[call] = float("inf") if timeout is None else now + timeout
+            patience = call.patience(now)
+            self._parked[call] = math.inf if patience is None else now + patience
         else:
             call.parked = False
             self._ready.append(call)
 
     def resume(self, call: StreamCall) -> bool:
-        """There is room in its buffer, or nobody takes from it; return whether that was news."""
+        """It is to have a turn again; return whether that is news."""
         if self._parked.pop(call, None) is None:
             return False
         call.parked = False
@@ -53,10 +54,17 @@ class Suspended:
         return self._ready.popleft()
 
     def stalled(self, now: float) -> list[StreamCall]:
-        """Those that nobody has taken from for too long."""
-        return [call for call, limit in self._parked.items() if limit <= now]
+        """Those that nobody has taken from for too long.
+
+        Others whose limit has passed get a turn: there is room again, or their deadline is over.
+        """
+        due = [call for call, limit in self._parked.items() if limit <= now]
+        for call in due:
+            if not call.buffer.full or call.given_up(now):
+                self.resume(call)
+        return [call for call in due if call.parked]
 
     @property
     def next_stall(self) -> float:
-        """When the first of them counts as stalled; infinity if none ever does."""
-        return min(self._parked.values(), default=float("inf"))
+        """When to ask for those that are stalled; infinity if there is no need to."""
+        return min(self._parked.values(), default=math.inf)

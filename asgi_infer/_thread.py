@@ -129,9 +129,9 @@ class InferenceThread:
         """In a forked child, where this thread does not exist: let nobody wait for it."""
         # Its native threads did not come along: a destructor that joins them would hang.
         leak(self._opened)
-        for call in self.scheduler.orphans():
+        message = "this call belongs to the parent process"
+        for call in self.scheduler.leave_behind(lambda _: Draining(message)):
             if isinstance(call.waiter, concurrent.futures.Future):
-                call.error = Draining("this call belongs to the parent process")
                 call.port.post(call.waiter)
 
     def join(self, timeout: float | None = None) -> bool:

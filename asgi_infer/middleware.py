@@ -12,7 +12,7 @@ from typing import Any
 from ._call import current_caller
 from ._checks import check_grace, check_seconds
 from ._client import ASGIApp, Client, Receive, Scope, Send
-from ._errors import InferenceError
+from ._errors import ClientDisconnected, InferenceError
 from ._lifespan import Lifespan
 from ._runner import GRACE, STATE_KEY, InferenceRunner
 
@@ -93,6 +93,11 @@ class InferenceMiddleware:
             await self.app(scope, client.receive, client.send)
         except InferenceError as error:
             if not await client.answer(error):
+                raise
+        except RuntimeError as error:
+            # Frameworks wrap a handled error that is raised in a response that has begun, such as
+            # a stream's. Nobody is there to read it, and nothing went wrong.
+            if not isinstance(error.__cause__, ClientDisconnected):
                 raise
         finally:
             current_caller.reset(token)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import digits, full_cpu, handoff, million, watch, web
+from . import batching, digits, full_cpu, handoff, million, overload, stream, watch, web
 from ._children import ROOT
 from ._figure import FULL, QUICK, Benchmark, Figure
 from ._report import as_json, table
@@ -22,6 +22,7 @@ SETS: dict[str, Sequence[Figure]] = {
         *million.FIGURES,
     ],
     "full-cpu": full_cpu.FIGURES,
+    "flow": [*overload.FIGURES, *batching.FIGURES, *stream.FIGURES],
 }
 _PATIENCE = (
     "seconds, for each figure, to wait for other processes to be quiet, and to repeat what they "

@@ -72,6 +72,10 @@ class Child:
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
+    def kill(self) -> None:
+        """End it now: what it still has to do is of no interest."""
+        self._process.kill()
+
 
 def answer(**values: object) -> None:
     """In a child: answer the parent."""

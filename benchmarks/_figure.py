@@ -17,6 +17,17 @@ Round = Mapping[str, Sample]
 """One round: every arm once, one right after the other."""
 
 
+class Traced(dict[str, float]):
+    """A sample with what it was made of: for the JSON and for pictures, not for the table.
+
+    :param series: by name, a value for each second; None where there was nothing to measure
+    """
+
+    def __init__(self, sample: Sample, series: Mapping[str, Sequence[float | None]]) -> None:
+        super().__init__(sample)
+        self.series = series
+
+
 @dataclass(frozen=True)
 class Scale:
     """How much to measure. ``FULL`` for figures to quote, ``QUICK`` for a first look."""
@@ -28,11 +39,27 @@ class Scale:
     million: int  # calls for the figure of that name
     iterations: int  # of boosting, for trained models; 0: a no-op in the place of every model
     rounds: int | None = None  # None: as many as each figure asks for
+    overload: float = 0.06  # seconds, for the figure of that name; a third of it around that
 
 
-FULL = Scale(seconds=4.0, warmup=1.0, passes=7, calls=3200, million=1_000_000, iterations=100)
+FULL = Scale(
+    seconds=4.0,
+    warmup=1.0,
+    passes=7,
+    calls=3200,
+    million=1_000_000,
+    iterations=100,
+    overload=60.0,
+)
 QUICK = Scale(
-    seconds=1.5, warmup=0.5, passes=3, calls=1600, million=50_000, iterations=100, rounds=2
+    seconds=1.5,
+    warmup=0.5,
+    passes=3,
+    calls=1600,
+    million=50_000,
+    iterations=100,
+    rounds=2,
+    overload=6.0,
 )
 
 

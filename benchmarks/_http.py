@@ -18,7 +18,7 @@ from typing import Any
 
 from ._children import answer
 
-_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _PROBE_EVERY = 0.02
 
 
@@ -71,7 +71,7 @@ def is_whole(response: bytes) -> bool:
     head = response.find(b"\r\n\r\n")
     if head < 0:
         return False
-    length = _LENGTH.search(response, 0, head)
+    length = LENGTH.search(response, 0, head)
     if not response.startswith(b"HTTP/1.1 200") or length is None:
         raise ConnectionError(f"unexpected response: {response[:200]!r}")
     return len(response) >= head + 4 + int(length[1])
@@ -110,7 +110,7 @@ async def load(
         client.send()
     await _unless_broken(clients, asyncio.sleep(warmup))
     answer(event="ready")
-    await _unless_broken(clients, _told())
+    await _unless_broken(clients, told())
     before, start = count, time.perf_counter()
     await _unless_broken(clients, asyncio.sleep(seconds))
     answer(calls=count - before, seconds=time.perf_counter() - start)
@@ -140,7 +140,7 @@ async def probe(port: int, request: bytes, *, seconds: float) -> None:
 
     await ask()
     answer(event="ready")
-    await _told()
+    await told()
     latencies.clear()
     lags = await _on_schedule(ask, seconds)
     await _unless_broken(every, _until(lambda: len(free) == len(every)))
@@ -183,7 +183,7 @@ async def _unless_broken(
     await task
 
 
-async def _told() -> None:
+async def told() -> None:
     """Wait for the parent's line."""
     heard = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-from ._figure import Comparison, Metric, Result, Spread
+from ._figure import Comparison, Metric, Result, Round, Spread, Traced
 
 _PACKAGES = (
     "asgi-infer",
@@ -50,12 +50,18 @@ def as_json(result: Result) -> dict[str, Any]:
         "arms": {arm: _arm_json(result, arm) for arm in figure.arms},
         "comparisons": [_comparison_json(result, each) for each in figure.comparisons],
         "rounds": result.rounds,
+        "series": [_series(each) for each in result.rounds],
         "noise": [asdict(each) for each in result.noise],
         "repeated": result.repeated,
         "unavailable": result.unavailable,
         "machine_busy": any(each.busy for each in result.noise),
         "environment": environment(),
     }
+
+
+def _series(measured: Round) -> dict[str, Any]:
+    """By arm what was measured second by second, where it was."""
+    return {arm: each.series for arm, each in measured.items() if isinstance(each, Traced)}
 
 
 def environment() -> dict[str, Any]:

@@ -77,6 +77,7 @@ class RivalServer:
     :param command: starts it
     :param port: where it will listen, on the loopback interface
     :param path: answers a POST once it is up
+    :param body: of that POST, JSON
     :raises RivalError: on entering: it ends, or does not answer
     """
 
@@ -86,8 +87,9 @@ class RivalServer:
         port: int,
         path: str,
         variables: Mapping[str, str] | None = None,
+        body: str = "{}",
     ) -> None:
-        self._command, self._port, self._path = command, port, path
+        self._command, self._port, self._path, self._body = command, port, path, body
         self._variables = variables or {}
 
     def __enter__(self) -> Self:
@@ -134,7 +136,7 @@ class RivalServer:
 
     def _wait_until_up(self) -> None:
         end = time.monotonic() + _PATIENCE
-        while not _answers(self._port, self._path):
+        while not _answers(self._port, self._path, self._body):
             if self._process.poll() is not None or time.monotonic() > end:
                 self._log.seek(0)
                 raise RivalError(f"does not answer {self._path}: {_last_line(self._log.read())}")
@@ -163,10 +165,10 @@ def _adopt_orphans(whether: bool) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(whether), 0, 0, 0)
 
 
-def _answers(port: int, path: str) -> bool:
+def _answers(port: int, path: str, body: str) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
     try:
-        connection.request("POST", path, "{}", {"content-type": "application/json"})
+        connection.request("POST", path, body, {"content-type": "application/json"})
         return connection.getresponse().status == http.HTTPStatus.OK
     except (OSError, http.client.HTTPException):
         return False

@@ -92,11 +92,22 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: FastAPI) -> None:
+def listener() -> socket.socket:
+    """On a free port of the loopback interface."""
     # With its protocol: asyncio has answers sent at once (TCP_NODELAY) only where it knows that.
-    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
-        listener.bind(("127.0.0.1", 0))
-        Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listener])
+    listening = socket.socket(proto=socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    return listening
+
+
+def configured(app: FastAPI) -> uvicorn.Config:
+    """As everywhere here."""
+    return uvicorn.Config(app, log_level="warning", access_log=False)
+
+
+def serve(app: FastAPI) -> None:
+    with listener() as listening:
+        Server(configured(app)).run([listening])
 
 
 def main() -> None:

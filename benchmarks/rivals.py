@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from . import digits
@@ -20,12 +20,14 @@ class Rival:
     """A server for models, and how its own documentation starts it.
 
     :param arm: its name for people
-    :param package: by which it is installed; its server is in ``benchmarks._rival_PACKAGE``
-    :param command: in its environment's ``bin``, and the arguments
+    :param package: by which it is installed
+    :param command: in its environment's ``bin``, and the arguments: its server is in
+        ``benchmarks._rival_PACKAGE``, or in ``..._batching``
     :param path: of the model
     :param health: answers without the model
     :param port: the environment variable that says where to listen
     :param variables: other such
+    :param body: of a request, JSON
     """
 
     arm: str
@@ -35,68 +37,78 @@ class Rival:
     health: str
     port: str
     variables: tuple[tuple[str, str], ...] = ()
+    body: str = "{}"
 
-    def measure(self, scale: Scale) -> Sample:
+    def measure(
+        self, load: Load, scale: Scale, model: Callable[[Scale], Mapping[str, str]]
+    ) -> dict[str, float]:
         """One arm of one round.
 
+        :param model: the environment variables that say which model it is to serve
         :raises Unavailable: it can't be had here
         """
         if not scale.iterations:
-            raise Unavailable("it serves a trained model only")
+            raise Unavailable("it is not asked to serve a no-op")
         try:
-            return self._measure(scale)
+            return self._measure(load, scale, model(scale))
         except RivalError as error:
             raise Unavailable(str(error)) from error
 
-    def _measure(self, scale: Scale) -> Sample:
+    def _measure(self, load: Load, scale: Scale, model: Mapping[str, str]) -> dict[str, float]:
         program, *arguments = self.command
         command = [str(environment(self.package) / "bin" / program), *arguments]
         port = free_port()
         with tempfile.TemporaryDirectory(prefix="asgi_infer-bench-") as folder:
             variables = {
                 **dict(self.variables),
+                **model,
                 self.port: str(port),
-                "BENCH_FILE": str(trained("digits", scale.iterations)),
                 "BENTOML_HOME": folder,
             }
-            with RivalServer(command, port, self.path, variables) as running:
-                where = {"path": self.path, "health": self.health, "body": "{}"}
-                return per_call(*ask_for_calls(_LOAD, scale, port, running.read, **where))
+            with RivalServer(command, port, self.path, variables, self.body) as running:
+                where = {"path": self.path, "health": self.health, "body": self.body}
+                return per_call(*ask_for_calls(load, scale, port, running.read, **where))
 
 
-RIVALS = [
-    Rival(
-        "LitServe",
-        "litserve",
-        ("python", "-m", "benchmarks._rival_litserve"),
-        path="/predict",
-        health="/health",
-        port="BENCH_PORT",
-    ),
-    Rival(
-        "mosec",
-        "mosec",
-        ("python", "-m", "benchmarks._rival_mosec"),
-        path="/inference",
-        health="/",
-        port="MOSEC_PORT",
-        variables=(("MOSEC_ADDRESS", "127.0.0.1"), ("MOSEC_LOG_LEVEL", "warning")),
-    ),
-    Rival(
-        "BentoML",
-        "bentoml",
-        ("bentoml", "serve", "benchmarks._rival_bentoml:Digits"),
-        path="/predict",
-        health="/healthz",
-        port="BENTOML_PORT",
-        variables=(("BENTOML_HOST", "127.0.0.1"), ("BENTOML_DO_NOT_TRACK", "true")),
-    ),
-]
+LITSERVE = Rival(
+    "LitServe",
+    "litserve",
+    ("python", "-m", "benchmarks._rival_litserve"),
+    path="/predict",
+    health="/health",
+    port="BENCH_PORT",
+)
+MOSEC = Rival(
+    "mosec",
+    "mosec",
+    ("python", "-m", "benchmarks._rival_mosec"),
+    path="/inference",
+    health="/",
+    port="MOSEC_PORT",
+    variables=(("MOSEC_ADDRESS", "127.0.0.1"), ("MOSEC_LOG_LEVEL", "warning")),
+)
+BENTOML = Rival(
+    "BentoML",
+    "bentoml",
+    ("bentoml", "serve", "benchmarks._rival_bentoml:Digits"),
+    path="/predict",
+    health="/healthz",
+    port="BENTOML_PORT",
+    variables=(("BENTOML_HOST", "127.0.0.1"), ("BENTOML_DO_NOT_TRACK", "true")),
+)
+
+
+def _digits(rival: Rival) -> Callable[[Scale], Sample]:
+    def model(scale: Scale) -> Mapping[str, str]:
+        return {"BENCH_FILE": str(trained("digits", scale.iterations))}
+
+    return lambda scale: rival.measure(_LOAD, scale, model)
+
 
 _ARMS: dict[str, Callable[[Scale], Sample]] = {
     "script": lambda scale: script(_LOAD.model, scale),
     "runner": server(_LOAD, "runner"),
-    **{rival.arm: rival.measure for rival in RIVALS},
+    **{rival.arm: _digits(rival) for rival in (LITSERVE, MOSEC, BENTOML)},
     "def": server(_LOAD, "def"),
 }
 

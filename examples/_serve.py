@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Callable
 from socket import socket
 
 import uvicorn
 from starlette.types import ASGIApp
+
+_PATIENCE = 2.0  # seconds that responses get to end in
 
 
 def serve(app: ASGIApp, *, curl: Callable[[str], str]) -> None:
@@ -43,6 +46,16 @@ class _AnnouncingServer(uvicorn.Server):
             address = f"http://{_reachable(self.config.host)}:{port}"
             print(f"{address} is ready (Ctrl+C stops it). Open it in a browser, or try:\n")
             print(self._curl(address), flush=True)
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        # uvicorn waits for every response, and a stream may go on for minutes.
+        timer = asyncio.get_running_loop().call_later(_PATIENCE, self._hang_up)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+    def _hang_up(self) -> None:
+        for connection in self.server_state.connections:
+            connection.transport.close()
 
 
 def _reachable(host: str) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from contextvars import Context, copy_context
 from typing import Any
 
+from asgi_infer._batch import BatchCall, BatchFunction
 from asgi_infer._call import Call, Port, Work
+from asgi_infer._stacking import any_item, as_list, results
 
 
 class RecordingPort:
@@ -39,6 +41,20 @@ class RecordingPort:
             function()
 
 
+def batch_function(
+    func: Any = list, *, max_size: int = 8, max_delay: float = 0.0
+) -> BatchFunction:
+    """What a ``Batcher`` of lists has its calls made of."""
+    return BatchFunction(
+        func,
+        max_size=max_size,
+        max_delay=max_delay,
+        key_of=any_item,
+        join=as_list,
+        split=results,
+    )
+
+
 def work_of(func: Any, *args: Any) -> tuple[Work, Context]:
     """What a worker gets of a call."""
     return (func, args), copy_context()
@@ -55,6 +71,7 @@ def make_call(
 ) -> Call:
     """A call as a runner would make it."""
     port = RecordingPort() if port is None else port
-    call = Call((func, args), copy_context(), deadline, priority, port, waiter)
+    kind = BatchCall if isinstance(func, BatchFunction) else Call
+    call = kind((func, args), copy_context(), deadline, priority, port, waiter)
     call.arrived = arrived
     return call

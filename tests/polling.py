@@ -10,7 +10,7 @@ import anyio.lowlevel
 
 from .gates import LIMIT
 
-STEP = 0.001
+STEP = 0.0002
 
 
 async def until(condition: Callable[[], bool]) -> None:

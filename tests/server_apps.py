@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from asgi_infer import InferenceMiddleware, InferenceRunner, runner_from
+from asgi_infer import InferenceMiddleware, InferenceRunner, _exit, runner_from
 from asgi_infer._client import Receive, Scope, Send
 
 GRACE = float(os.environ.get("GRACE", "5"))
+_exit.GRACE = float(os.environ.get("EXIT_GRACE", "1"))
 
 LIMIT = 30.0
 """Seconds after which a call that a test holds open gives up, should the test have died."""
@@ -45,6 +46,16 @@ class Model:
         self.ran.append(token)
         assert self.gate.wait(LIMIT)
         return token
+
+    def endless(self) -> Iterator[str]:
+        """Yield for as long as anybody listens; note the thread of the end."""
+        stepped = threading.current_thread()
+        try:
+            while True:
+                yield "more\n"
+        finally:
+            same = threading.current_thread() is stepped
+            self.ran.append(f"closed on {'the same' if same else 'another'} thread")
 
 
 model = Model()
@@ -112,6 +123,14 @@ async def stream(request: Request) -> Response:
     return StreamingResponse(numbers())
 
 
+async def endless(request: Request) -> Response:
+    """A stream that ends when its client goes, and which stalls for ever."""
+    interleave = "interleave" in request.query_params
+    return StreamingResponse(
+        runner.stream(model.endless, stall_timeout=None, interleave=interleave)
+    )
+
+
 async def websocket(websocket: WebSocket) -> None:
     """A call for each message: one that waits for the gate, or one that answers."""
     if "full" in websocket.query_params:
@@ -160,6 +179,7 @@ ROUTES = [
     Route("/stuck", stuck),
     Route("/upload", upload, methods=["POST"]),
     Route("/stream", stream),
+    Route("/endless", endless),
     Route("/refused", refused),
     Route("/fill", fill),
     WebSocketRoute("/ws", websocket),

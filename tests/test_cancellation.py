@@ -200,7 +200,7 @@ def test_deadline_in_the_tick_of_the_turn(clock: Clock, gate: Gate) -> None:
 async def test_too_little_time_on_arrival(
     clock: Clock, runner: InferenceRunner[None], make_gate: Callable[[], Gate]
 ) -> None:
-    """Less time than the wait and the call will take: ``DeadlineExceeded``, and not even queued."""
+    """Less time than the wait and the call will take: ``DeadlineExceeded``, and never queued."""
     first, second = make_gate(), make_gate()
     await hold(runner, first)
     clock.now += 10.0  # what a call takes, from now on
@@ -320,9 +320,12 @@ def test_submitted_call_that_notices_its_deadline() -> None:
             check_cancelled()
 
     with InferenceRunner[None](timeout=SOON) as runner:
+        anyio.run(runner.start)
         future = runner.submit(call)
         until_true(future.done)
-        assert isinstance(future.exception(0), DeadlineExceeded)
+        error = future.exception(0)
+    assert isinstance(error, DeadlineExceeded)
+    assert error.started
     assert runner.statistics().expired == 1
 
 

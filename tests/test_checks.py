@@ -16,15 +16,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asgi_infer import QueuePolicy
 from asgi_infer._checks import (
     check_count,
+    check_delay,
     check_func,
     check_grace,
     check_load,
     check_name,
     check_plain,
     check_priority,
+    check_queue_policy,
     check_seconds,
+    check_stream,
     check_warmup,
 )
 
@@ -233,6 +237,62 @@ def test_max_queue_refuses_all_else(value: Any) -> None:
     """A queue without a bound, or without room, is refused."""
     with pytest.raises(ValueError, match="max_queue must be an integer of at least 1"):
         check_count("max_queue", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(0, 0.0), (0.0, 0.0), (1, 1.0), (np.float32(0.5), 0.5), (True, 1.0)]
+)
+def test_delay_accepts_numbers(value: Any, seconds: float) -> None:
+    """A delay may be nothing."""
+    assert check_delay("max_delay", value) == seconds
+
+
+@pytest.mark.parametrize(
+    "value", [-1, -0.001, math.nan, math.inf, -math.inf, 10**400, None, "1", 1j, [1]]
+)
+def test_delay_refuses_all_else(value: Any) -> None:
+    """What is negative, endless or no number is refused by name."""
+    with pytest.raises(ValueError, match=r"^max_delay must be a number of seconds, 0 or more"):
+        check_delay("max_delay", value)
+
+
+def test_queue_policy() -> None:
+    """A policy is a policy."""
+    policy = QueuePolicy()
+    assert check_queue_policy(policy) is policy
+
+
+@pytest.mark.parametrize("value", [None, "newest", QueuePolicy, {"overload": "newest"}, 128])
+def test_queue_policy_refuses_all_else(value: Any) -> None:
+    """Anything else is not, and the error shows how to write one."""
+    with pytest.raises(TypeError, match=r"queue must be a QueuePolicy, .*QueuePolicy\(overload="):
+        check_queue_policy(value)
+
+
+@pytest.mark.parametrize(
+    "value", [generator_function, functools.partial(generator_function), lambda: iter([]), iter]
+)
+def test_stream_accepts_functions(value: Any) -> None:
+    """Generator functions, and plain ones: they may return an iterator."""
+    check_stream(value)
+
+
+@pytest.mark.parametrize(
+    "value", [async_function, async_generator_function, functools.partial(async_function)]
+)
+def test_stream_refuses_async(value: Any) -> None:
+    """Async functions would run elsewhere."""
+    with pytest.raises(TypeError, match=r"must be a plain generator function, and .* is async"):
+        check_stream(value)
+
+
+@pytest.mark.parametrize("value", [generator_function(), [1, 2], None, "text"])
+def test_stream_refuses_what_can_not_be_called(value: Any) -> None:
+    """A generator that is there already was made on the wrong thread: the error shows how."""
+    with pytest.raises(
+        TypeError, match=r"stream\(generate, x\), and not .*stream\(generate\(x\)\)"
+    ):
+        check_stream(value)
 
 
 def test_name_accepts_text() -> None:

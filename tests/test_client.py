@@ -611,7 +611,7 @@ class AnyOrder:
 STEPS = st.lists(st.sampled_from(["receive", "call", "both", "cancel", "feed"]), max_size=25)
 
 
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(steps=STEPS, backend=st.sampled_from(["asyncio", "trio"]))
 def test_any_order_of_reading_and_calling(steps: list[str], backend: str) -> None:
     """Whatever an application does, it gets all messages in order, and its calls' results."""

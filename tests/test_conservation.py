@@ -295,11 +295,10 @@ class Conservation(stateful.RuleBasedStateMachine):
         self.loop.close()
 
 
-SETTINGS = hypothesis.settings(max_examples=100, stateful_step_count=30, deadline=None)
-
-
-def test_conservation(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("histories", [50, pytest.param(1000, marks=pytest.mark.soak)])
+def test_conservation(monkeypatch: pytest.MonkeyPatch, histories: int) -> None:
     """After every step of any history the books balance, and say what happened to each call."""
     for module in (_future, _handoff, _runner, _scheduler):
         monkeypatch.setattr(module, "time", CLOCK)
-    stateful.run_state_machine_as_test(Conservation, settings=SETTINGS)
+    settings = hypothesis.settings(max_examples=histories, stateful_step_count=30, deadline=None)
+    stateful.run_state_machine_as_test(Conservation, settings=settings)

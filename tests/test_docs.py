@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sklearn.datasets import load_digits
 from starlette.testclient import TestClient
 
 import asgi_infer
@@ -68,6 +67,8 @@ def test_the_readme_shows_working_code_within_forty_lines() -> None:
     first = blocks()[0]
     assert first.page.name == "README.md"
     assert first.line + first.code.count("\n") + 1 <= 40
+    from sklearn.datasets import load_digits  # here, for it makes the start of a runner slow
+
     images, digits = load_digits(return_X_y=True)
     with TestClient(first.run()["app"]) as client:
         answers = [client.post("/predict", json=image.tolist()) for image in images[:10]]

@@ -11,10 +11,11 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,9 @@ from typing import Any
 
 import httpx2
 import pytest
+
+from examples._manual import passages
+from examples.stream.model import LanguageModel, is_word, join, pieces
 
 PATIENCE = 40.0
 """Seconds for what takes one or two where no other program wants the CPU."""
@@ -72,6 +76,10 @@ def listening(process: subprocess.Popen[str]) -> Service:
 
 
 def run_as_printed(line: str) -> Any:
+    return json.loads(output_of(line))
+
+
+def output_of(line: str) -> str:
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     environment = {**os.environ, "no_proxy": "*"}
@@ -79,7 +87,22 @@ def run_as_printed(line: str) -> Any:
         line, shell=True, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+def run_without(example: str, module: str) -> str:
+    """What ``example`` says where ``module`` is not installed."""
+    program = (
+        "import runpy, sys\n"
+        f"sys.modules[{module!r}] = None\n"
+        f"runpy.run_module('examples.{example}', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
 def foreign_addresses(page: str) -> list[str]:
@@ -377,17 +400,320 @@ def test_ocr_counts_what_declares_no_length(ocr: Service) -> None:
 
 def test_ocr_says_what_is_missing() -> None:
     """Where the reader is not installed, the program says how to install it."""
-    program = (
-        "import runpy, sys\n"
-        "sys.modules['rapidocr_onnxruntime'] = None\n"
-        "runpy.run_module('examples.ocr', run_name='__main__')\n"
+    assert "pip install --group ocr" in run_without("ocr", "rapidocr_onnxruntime")
+
+
+# -- embeddings ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def embeddings() -> Iterator[Service]:
+    if find_spec("wordllama") is None:
+        pytest.skip("needs wordllama")
+    with serving("embeddings") as service:
+        yield service
+
+
+@pytest.mark.parametrize(
+    ("query", "title"),
+    [
+        ("stop a loop early", 'The "break" statement'),
+        ("remove blanks at both ends of a string", "str.strip([chars])"),
+        ("remember values with keys", "dict"),
+    ],
+)
+def test_embeddings_finds_what_is_said_in_other_words(
+    embeddings: Service, query: str, title: str
+) -> None:
+    """The passage that answers is among the first, and the nearest ones come first."""
+    with embeddings.client() as client:
+        results = client.get("/search", params={"q": query}).json()["results"]
+    near = [result["similarity"] for result in results]
+    assert len(results) == 8
+    assert near == sorted(near, reverse=True)
+    assert 0.3 < near[0] < 1
+    assert any(title in result["title"] for result in results[:5])
+
+
+def test_embeddings_vectors_have_meaning(embeddings: Service) -> None:
+    """Vectors have length 1, and what means the same points the same way."""
+    texts = ("How do I open a file?", "reading files from disk", "the history of Rome")
+    with embeddings.client() as client:
+        vectors = [client.post("/embed", json={"text": t}).json()["vector"] for t in texts]
+    assert [len(vector) for vector in vectors] == [256] * 3
+    assert [dot(vector, vector) for vector in vectors] == pytest.approx([1] * 3, abs=1e-5)
+    first, second, third = vectors
+    assert dot(first, second) > dot(first, third) + 0.2
+
+
+def dot(one: list[float], other: list[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def test_embeddings_puts_concurrent_queries_into_batches(embeddings: Service) -> None:
+    """Queries that come together share a call of the model, and each gets its own answer."""
+    queries = [f"what is a {thing}" for thing in ("loop", "list", "class", "number")] * 4
+
+    def search(client: httpx2.Client, query: str) -> dict[str, Any]:
+        answer: dict[str, Any] = client.get("/search", params={"q": query, "limit": 1}).json()
+        return answer
+
+    with embeddings.client() as client, ThreadPoolExecutor(len(queries)) as pool:
+        alone = [search(client, query) for query in queries[:4]]
+        together: list[dict[str, Any]] = []
+        for _ in range(50):
+            together = list(pool.map(search, [client] * len(queries), queries))
+            assert titles(together) == titles(alone) * 4
+            if any(answer["batch"] > 1 for answer in together):
+                break
+    assert [answer["batch"] for answer in alone] == [1] * 4
+    assert max(answer["batch"] for answer in together) > 1
+
+
+def titles(answers: list[dict[str, Any]]) -> list[str]:
+    return [answer["results"][0]["title"] for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ('{"text": ""}', "body.text: the text is empty: send at least one word"),
+        (r'{"text": " \t\n "}', "body.text: the text is empty"),
+        ('{"text": "%s"}' % ("x" * 1001), "the text has 1001 characters, 1000 at most"),
+        ('{"text": 7}', "body.text: Input should be a valid string"),
+        ('{"text": ["a"]}', "body.text: Input should be a valid string"),
+        (r'{"text": "\ud800"}', "body.text: half a surrogate pair is no character"),
+        ("{}", "body.text: Field required"),
+        ("nonsense", "JSON decode error"),
+    ],
+)
+def test_embeddings_refuses_what_is_no_text(
+    embeddings: Service, body: str, complaint: str
+) -> None:
+    """Bad input gets a 422 that says, in one line, what is wrong and where."""
+    with embeddings.client() as client:
+        headers = {"Content-Type": "application/json"}
+        response = client.post("/embed", content=body, headers=headers)
+    assert response.status_code == 422
+    assert complaint in response.json()["detail"]
+
+
+def test_embeddings_takes_the_longest_text(embeddings: Service) -> None:
+    """A thousand characters that need twelve bytes of JSON each are still within the limits."""
+    body = '{"text": "%s"}' % (r"\ud83d\ude00" * 1000)
+    with embeddings.client() as client:
+        headers = {"Content-Type": "application/json"}
+        response = client.post("/embed", content=body, headers=headers)
+    assert len(response.json()["vector"]) == 256
+
+
+def test_embeddings_limits_what_it_reads(embeddings: Service) -> None:
+    """A body that grows too large is refused before it ends; so are too many results."""
+
+    def chunks() -> Iterator[bytes]:
+        yield b'{"text": "'
+        for _ in range(9):
+            yield b" " * 2**12
+
+    with embeddings.client() as client:
+        headers = {"Content-Type": "application/json"}
+        large = client.post("/embed", content=chunks(), headers=headers)
+        many = client.get("/search", params={"q": "x", "limit": 21})
+        without = client.get("/search")
+    assert (large.status_code, large.json()["detail"]) == (
+        413,
+        "the request has more than 32768 bytes",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    assert (many.status_code, without.status_code) == (422, 422)
+    assert without.json()["detail"] == "query.q: Field required"
+
+
+def test_embeddings_prints_a_line_that_works(embeddings: Service) -> None:
+    """The printed curl line, run as printed, finds the statement it asks for."""
+    (result,) = run_as_printed(embeddings.curl)["results"]
+    assert result["title"] == 'The "break" statement'
+
+
+def test_embeddings_page_needs_nothing_else(embeddings: Service) -> None:
+    """The page is one file; the health endpoint answers beside it, and its books balance."""
+    with embeddings.client() as client:
+        page = client.get("/").text
+        health = client.get("/health").json()
+    assert 'type="search"' in page
+    assert foreign_addresses(page) == []
+    assert health["status"] == "ready"
+    assert balanced(health["runner"])
+
+
+def test_embeddings_says_what_is_missing() -> None:
+    """Where the model is not installed, the program says how to install it."""
+    assert "pip install --group embeddings" in run_without("embeddings", "wordllama")
+
+
+# -- stream --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stream() -> Iterator[Service]:
+    if find_spec("fastapi.sse") is None:
+        pytest.skip("needs fastapi.sse")
+    with ExitStack() as stack, serving("stream") as service:
+        yield service
+        # Ctrl+C comes while a text is being written; how that ends is looked at as well.
+        client = stack.enter_context(service.client())
+        text = stack.enter_context(closing(events(client, prompt="The", words=2000, cost=0.02)))
+        next(text)
+
+
+def events(client: httpx2.Client, **params: Any) -> Generator[tuple[str, Any], None, None]:
+    """The events of a text while it is written: their type, and their data."""
+    with client.stream("GET", "/generate", params=params) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        kind = "message"
+        for line in response.iter_lines():
+            name, _, value = line.partition(": ")
+            if name == "event":
+                kind = value
+            elif name == "data":
+                yield kind, json.loads(value)
+
+
+def write(client: httpx2.Client, **params: Any) -> str:
+    """A whole text."""
+    *written, end = events(client, **params)
+    assert end == ("end", None)
+    assert {kind for kind, _ in written} == {"message"}
+    return join(piece for _, piece in written)
+
+
+def test_stream_writes_the_words_that_are_asked_for(stream: Service) -> None:
+    """The same seed makes the same text, another seed another one, each as long as asked for."""
+    with stream.client() as client:
+        first, again, other = (
+            write(client, prompt="the class", words=40, seed=seed) for seed in (3, 3, 4)
+        )
+    assert first == again != other
+    assert [sum(map(is_word, pieces(text))) for text in (first, other)] == [40, 40]
+
+
+def test_stream_stops_when_the_client_leaves(stream: Service) -> None:
+    """A client that hangs up ends the generator, on the model's thread, after a few words."""
+    with stream.client() as client:
+        text = events(client, prompt="The", words=2000, cost=0.02)
+        for _ in range(3):
+            next(text)
+        text.close()
+        ended = wait_for_text(client, wanted=2000)
+        health = client.get("/health").json()
+    assert 3 <= ended["words"] + 1 < 200  # a mark may have been among the three
+    assert ended["thread"] == "stream"
+    assert ended["summary"].endswith(f"stopped after {ended['words']} of 2000 words")
+    assert balanced(health["runner"])
+
+
+def wait_for_text(client: httpx2.Client, *, wanted: int) -> dict[str, Any]:
+    """How the latest text of ``wanted`` words ended."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        for text in client.get("/texts").json():
+            if text["wanted"] == wanted:
+                return dict(text)
+    pytest.fail(f"the text of {wanted} words is still being written")
+
+
+def test_stream_writes_several_texts_in_turn(stream: Service) -> None:
+    """A short text begins and ends while a long one is being written."""
+    with stream.client() as client:
+        long = events(client, prompt="The", words=1999, cost=0.01)
+        next(long)
+        short = write(client, prompt="The", words=5)
+        next(long)
+        running = all(text["wanted"] != 1999 for text in client.get("/texts").json())
+        long.close()
+    assert len(short.split()) == 5
+    assert running
+
+
+@pytest.mark.parametrize(
+    ("params", "complaint"),
+    [
+        ({"prompt": ""}, "query.prompt: the prompt is empty: begin with a word or two"),
+        ({"prompt": ' "" '}, "query.prompt: the prompt is empty"),
+        ({"prompt": "x" * 501}, "query.prompt: the prompt has 501 characters, 500 at most"),
+        ({}, "query.prompt: Field required"),
+        ({"prompt": "a", "words": 0}, "query.words: Input should be greater than or equal to 1"),
+        (
+            {"prompt": "a", "words": 2001},
+            "query.words: Input should be less than or equal to 2000",
+        ),
+        ({"prompt": "a", "seed": -1}, "query.seed: Input should be greater than or equal to 0"),
+        (
+            {"prompt": "a", "temperature": "hot"},
+            "query.temperature: Input should be a valid number",
+        ),
+        ({"prompt": "a", "temperature": 0}, "query.temperature: Input should be greater"),
+        ({"prompt": "a", "cost": "nan"}, "query.cost: Input should be"),
+    ],
+)
+def test_stream_refuses_what_it_cannot_write(
+    stream: Service, params: dict[str, Any], complaint: str
+) -> None:
+    """Bad input gets a 422 before anything is streamed, and one line that says what is wrong."""
+    with stream.client() as client:
+        response = client.get("/generate", params=params)
+    assert response.status_code == 422
+    assert complaint in response.json()["detail"]
+
+
+def test_stream_prints_a_line_that_works(stream: Service) -> None:
+    """The printed curl line, run as printed, has thirty words written."""
+    lines = output_of(stream.curl).splitlines()
+    assert [line for line in lines if line][-2:] == ["event: end", "data: null"]
+    assert sum(line.startswith("data: ") for line in lines) > 30
+
+
+def test_stream_page_needs_nothing_else(stream: Service) -> None:
+    """The page is one file: it loads nothing from elsewhere."""
+    with stream.client() as client:
+        page = client.get("/").text
+    assert "new EventSource" in page
+    assert foreign_addresses(page) == []
+
+
+def test_stream_says_what_is_missing() -> None:
+    """Where FastAPI is too old for Server-Sent Events, the program says what to install."""
+    assert "pip install --group stream" in run_without("stream", "fastapi.sse")
+
+
+def test_language_model_mixes_what_followed() -> None:
+    """The shares of the next word are those of Witten and Bell, worked out by hand."""
+    model = LanguageModel(["a b", "a c", "a b"])
+    # Nothing is known but how frequent each piece is: 3 a, 2 b, 1 c, 4 breaks.
+    assert model.shares("z") == pytest.approx({"a": 0.3, "b": 0.2, "c": 0.1, "\n\n": 0.4})
+    # After "a" came b twice and c once: two kinds in three. So 3/5 of that, and 2/5 of the above.
+    after = {"a": 0.12, "b": 0.08 + 2 / 5, "c": 0.04 + 1 / 5, "\n\n": 0.16}
+    assert model.shares("a") == pytest.approx(after)
+    # It knows no "A", but "a"; and nothing ever followed on "c a".
+    assert model.shares("c A") == pytest.approx(after)
+
+
+def test_language_model_splits_and_joins_text() -> None:
+    """Marks are pieces of their own, brackets and quotes that can't be closed are left out."""
+    text = '(If "x.y()" is set, then *stop*: see 3.2; e.g. f(a, b). Done!'
+    split = pieces(text)
+    assert " ".join(split) == "If x.y() is set , then stop : see 3.2 ; e.g . f(a , b . Done !"
+    assert [piece for piece in split if not is_word(piece)] == list(",:;.,.!")
+    assert join([*split, "\n\n", "New"]) == (
+        "If x.y() is set, then stop: see 3.2; e.g. f(a, b. Done!\n\nNew"
     )
-    assert done.returncode == 1
-    assert "pip install --group ocr" in done.stderr
-    assert "Traceback" not in done.stderr
+
+
+def test_manual_is_prose() -> None:
+    """The manual comes in hundreds of paragraphs with titles, each once, and without code."""
+    found = passages()
+    assert 500 < len(found) == len({passage.text for passage in found})
+    assert all(passage.title and len(passage.text) >= 60 for passage in found)
+    assert not any("::=" in passage.text or ">>>" in passage.text for passage in found)
 
 
 # -- library -------------------------------------------------------------------------------------

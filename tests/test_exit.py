@@ -31,6 +31,11 @@ def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # whole lines, whoever else writes
 """
 
+# For programs that nothing ends any sooner. ``test_call_that_never_returns`` takes the real one.
+SHORT_GRACE = """
+asgi_infer._exit.GRACE = 0.2
+"""
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -46,10 +51,10 @@ class Ended:
 class Script:
     """A program under way, which says "end" when it has nothing more to do."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, *code: str) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the program
         self._process = subprocess.Popen(
-            [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+            [sys.executable, "-c", "".join(map(textwrap.dedent, (PRELUDE, *code)))],
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
@@ -94,9 +99,9 @@ class Script:
         self._errors.close()
 
 
-def run(code: str) -> Ended:
+def run(*code: str) -> Ended:
     """How that program ends."""
-    with Script(code) as script:
+    with Script(*code) as script:
         return script.ended()
 
 
@@ -236,12 +241,15 @@ def test_call_that_never_returns() -> None:
 
 def test_load_that_never_returns() -> None:
     """A model that never finishes loading doesn't keep the program from ending either."""
-    ended = run("""
+    ended = run(
+        SHORT_GRACE,
+        """
         runner = InferenceRunner(lambda: time.sleep(3600))
         future = runner.submit(abs, -3)
         future.add_done_callback(lambda future: say(type(future.exception()).__name__))
         say("end")
-    """)
+    """,
+    )
     assert (ended.status, ended.stdout, ended.stderr) == (0, "end\nDraining\n", "")
 
 
@@ -275,8 +283,9 @@ WAITING_IN_THREADS = {
 def test_callers_in_threads(wait: str) -> None:
     """Callers in threads that the interpreter waits for get an error, so that it can end."""
     ended = run(
-        textwrap.dedent(wait)
-        + textwrap.dedent("""
+        SHORT_GRACE,
+        wait,
+        """
         runner = InferenceRunner()
         entered = threading.Event()
         def block():
@@ -286,7 +295,7 @@ def test_callers_in_threads(wait: str) -> None:
         entered.wait()
         threading.Thread(target=wait, args=(time.sleep, 3600)).start()
         say("end")
-        """)
+        """,
     )
     assert ended.status == 0
     assert ended.stdout == "end\nDraining\nDraining\n"
@@ -298,12 +307,15 @@ def test_callers_in_threads(wait: str) -> None:
 
 def test_exception() -> None:
     """A program that fails shows its own traceback, and no other."""
-    ended = run("""
+    ended = run(
+        SHORT_GRACE,
+        """
         runner = InferenceRunner()
         future = runner.submit(time.sleep, 3600)
         say("end")
         raise LookupError("the program's own")
-    """)
+    """,
+    )
     assert ended.status == 1
     assert ended.stderr.count("Traceback") == 1
     assert "LookupError: the program's own\n" in ended.stderr
@@ -327,7 +339,7 @@ INTERRUPTED = {
 @pytest.mark.parametrize("code", INTERRUPTED.values(), ids=list(INTERRUPTED))
 def test_interrupted(code: str) -> None:
     """Ctrl-C ends a program that waits for a call which never returns, and as Ctrl-C should."""
-    with Script(textwrap.dedent(SLEEP) + code) as script:
+    with Script(SHORT_GRACE, SLEEP, code) as script:
         script.wait_for_end()
         script.interrupt()
         ended = script.ended()
@@ -349,13 +361,14 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Any:
     return threads
 
 
-def test_stop_all(live: Any, gate: Gate) -> None:
+def test_stop_all(live: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that can end do so, and the callers of the others are sent away."""
     idle, busy = InferenceRunner[None](name="idle"), InferenceRunner[None](name="busy")
     assert idle.submit(abs, -3).result(LIMIT) == 3
     future = busy.submit(gate, None)
     gate.wait_entered()
     assert len(live) == 2
+    monkeypatch.setattr(_exit, "GRACE", 0.3)
     _exit._stop_all()
     assert idle.statistics().state == "closed"
     assert isinstance(future.exception(0), Draining)
@@ -425,18 +438,21 @@ def test_send_away_who_waits(live: Any, gate: Gate, monkeypatch: pytest.MonkeyPa
 
 def test_server_in_a_thread_outlives_the_main_thread() -> None:
     """A program that goes on in another thread keeps its runner, with or without an event loop."""
-    ended = run("""
+    ended = run(
+        SHORT_GRACE,
+        """
         runner = InferenceRunner()
         runner.submit(abs, -1).result()
         def serve():
             main.join()
-            time.sleep(1.5)  # longer than callers get when a program ends
+            time.sleep(0.6)  # longer than callers get when this program ends
             say(runner.submit(abs, -2).result())
             say(asyncio.run(runner.run(abs, -3)))
         main = threading.main_thread()
         threading.Thread(target=serve).start()
         say("end")
-        """)
+        """,
+    )
     assert ended.status == 0
     assert ended.stdout == "end\n2\n3\n"
     assert ended.stderr == ""
@@ -504,7 +520,7 @@ def in_child(func):
 
 def run_fork(code: str) -> list[str]:
     """What a program that forks says, up to its "end"."""
-    ended = run(FORK + textwrap.dedent(code))
+    ended = run(FORK, code)
     assert (ended.status, ended.stderr) == (0, "")
     return ended.stdout.splitlines()
 
@@ -674,7 +690,9 @@ def test_child_that_forgets() -> None:
 @forks
 def test_callers_in_threads_of_the_child() -> None:
     """A child sends away its own callers in threads, though the parent had seen to that before."""
-    ended = run("""
+    ended = run(
+        SHORT_GRACE,
+        """
         runner = InferenceRunner()
         thread = threading.Thread(target=lambda: runner.submit(abs, -3).result())
         thread.start()
@@ -693,7 +711,8 @@ def test_callers_in_threads_of_the_child() -> None:
             sys.exit()
         say("child:", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         say("end")
-    """)
+    """,
+    )
     assert (ended.status, ended.stdout) == (0, "Draining\nchild: 0\nend\n")
 
 

@@ -33,8 +33,9 @@ def runner() -> Iterator[InferenceRunner[None]]:
 
 @pytest.fixture
 def hasty() -> Iterator[InferenceRunner[None]]:
-    """A runner whose calls have a moment."""
-    with InferenceRunner[None](timeout=0.02) as runner:
+    """A runner whose calls have a moment, of which its start takes nothing."""
+    with InferenceRunner[None](timeout=0.1) as runner:
+        asyncio.run(runner.start())
         yield runner
 
 

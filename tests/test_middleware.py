@@ -9,8 +9,10 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import anyio
 import pytest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
@@ -256,6 +258,61 @@ async def test_the_caller_is_the_client_for_its_request_only() -> None:
     middleware = InferenceMiddleware(nothing, runner=InferenceRunner[None]())
     await Connection().serve(middleware)
     assert current_caller.get() is None
+
+
+# -- responses that have begun -----------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_client_leaves_a_stream(runner: InferenceRunner[None]) -> None:
+    """A client that hangs up in the middle of a stream is no error: nothing is left to log."""
+    closed: list[bool] = []
+
+    def endless() -> Iterator[bytes]:
+        try:
+            while True:
+                yield b"item"
+        finally:
+            closed.append(True)
+
+    async def stream(request: Request) -> Response:
+        return StreamingResponse(waiting_for_the_end(runner_from(request).stream(endless)))
+
+    async def waiting_for_the_end(items: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for item in items:
+            yield item
+            connection.hang_up()
+            await anyio.sleep(0.001)  # the items go on, and nobody reads them
+
+    connection = Connection()
+    connection.scope["asgi"]["spec_version"] = "2.4"  # the response does not look for itself
+    connection.scope["method"] = "GET"
+    connection.body(b"")
+    middleware = [Middleware(InferenceMiddleware, runner=runner)]
+    await connection.serve(Starlette(routes=[Route("/", stream)], middleware=middleware))
+    await runner.wait_idle()
+    assert closed == [True]
+    assert connection.status == 200
+
+
+@pytest.mark.anyio
+async def test_errors_in_a_response_that_has_begun(runner: InferenceRunner[None]) -> None:
+    """What fails in the middle of a response reaches the server, which cuts the response off."""
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"first"
+        raise HTTPException(418)
+
+    async def stream(request: Request) -> Response:
+        return StreamingResponse(broken())
+
+    connection = Connection()
+    connection.scope["method"] = "GET"
+    connection.body(b"")
+    middleware = [Middleware(InferenceMiddleware, runner=runner)]
+    app = Starlette(routes=[Route("/", stream)], middleware=middleware)
+    with pytest.raises(RuntimeError, match="response already started"):
+        await connection.serve(app)
 
 
 # -- refusals ----------------------------------------------------------------------------------

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from functools import partial, update_wrapper
 from typing import Any, NoReturn
 
 import pytest
 
-from asgi_infer._model import ModelReference, name_of, resolve, resolve_work
+from asgi_infer._model import (
+    ModelReference,
+    is_generator_function,
+    name_of,
+    resolve,
+    resolve_work,
+)
 
 
 class Head:
@@ -160,3 +167,69 @@ class Awkward:
 def test_name_of(func: object, name: str) -> None:
     """Everything callable has a name for the log, and asking for it never fails."""
     assert name_of(func) == name
+
+
+# -- generator functions -----------------------------------------------------------------------
+
+
+class Generating:
+    """Has generator functions of all kinds."""
+
+    def method(self) -> Iterator[int]:
+        yield 1
+
+    @staticmethod
+    def static() -> Iterator[int]:
+        yield 1
+
+    @classmethod
+    def of_class(cls) -> Iterator[int]:
+        yield 1
+
+    def __call__(self) -> Iterator[int]:
+        yield 1
+
+    def plain(self) -> Iterator[int]:
+        return iter([1])
+
+    @property
+    def head(self) -> NoReturn:
+        raise AssertionError("nobody may ask for it")
+
+
+@pytest.mark.parametrize("load", [Generating, partial(Generating)], ids=["class", "partial"])
+@pytest.mark.parametrize(
+    ("func", "answer"),
+    [
+        (Generating().method, True),
+        (Generating.static, True),
+        (Generating.of_class, True),
+        (Generating(), True),
+        (partial(partial(Generating().method)), True),
+        (Generating, False),
+        (Generating().plain, False),
+        (iter, False),
+        (len, False),
+        (Awkward(), False),
+        (None, False),
+        (reference().method, True),
+        (reference().static, True),
+        (reference().of_class, True),
+        (reference(), True),
+        (partial(reference().method), True),
+        (reference().plain, False),
+        (reference().head.method, False),
+        (reference().nothing, False),
+    ],
+    ids=lambda value: name_of(value) if callable(value) else "",
+)
+def test_is_generator_function(func: object, answer: bool, load: object) -> None:
+    """Of functions, methods, callable objects, partials and references, without running any."""
+    assert is_generator_function(func, load) is answer
+
+
+@pytest.mark.parametrize("load", [None, lambda: Generating()])
+def test_references_without_a_class(load: object) -> None:
+    """What a plain function loads is not known: it takes a call to find out."""
+    assert not is_generator_function(reference().method, load)
+    assert is_generator_function(Generating().method, load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from asgi_infer._errors import (
     NotReady,
     QueueFull,
 )
+from asgi_infer._queue_policy import Overload, QueuePolicy
 from asgi_infer._refusals import retry_after, stopped
 from asgi_infer._scheduler import Scheduler
 from asgi_infer._statistics import Counters
@@ -46,18 +48,20 @@ class Clock:
 class Desk:
     """A scheduler, its books, and where its callers wait."""
 
-    def __init__(self, max_queue: int = 100, clock: Clock | None = None) -> None:
+    def __init__(self, max_queue: int = 100, clock: Clock | None = None, **options: Any) -> None:
         self.counters = Counters()
         self.scheduler = Scheduler(
             max_queue=max_queue,
             counters=self.counters,
             lock=threading.RLock(),
             clock=time.monotonic if clock is None else clock.monotonic,
+            **options,
         )
         self.port = RecordingPort()
 
-    def call(self, waiter: Any = "waiter", **options: Any) -> Call:
-        return make_call(port=self.port, waiter=waiter, **options)
+    def call(self, waiter: Any = "waiter", args: tuple[Any, ...] = (), **options: Any) -> Call:
+        func = options.pop("func", len)
+        return make_call(func, *args, port=self.port, waiter=waiter, **options)
 
     def admit(self, waiter: Any = "waiter", **options: Any) -> Call:
         call = self.call(waiter, **options)
@@ -249,6 +253,29 @@ def test_too_little_time(desk: Desk, clock: Clock) -> None:
     desk.books(submitted=4, completed=1, rejected=1)
 
 
+def test_own_time_counts_behind_others_only(desk: Desk, clock: Clock) -> None:
+    """A thread that is free takes any call: what the one before took may be long out of date."""
+    desk.admit()
+    desk.take()
+    clock.now += 10
+    desk.scheduler.finish(desk.scheduler.current() or desk.call(), None, None)
+    assert desk.admit(deadline=clock.now + 0.1) is desk.take()
+
+
+def test_too_many_bytes(clock: Clock) -> None:
+    """The arguments of what waits are bounded, too, and freed as soon as a call has left."""
+    desk = Desk(max_bytes=100, clock=clock)
+    first = desk.admit(args=(b"x" * 60,))
+    with pytest.raises(QueueFull, match="hold 41 bytes, and beside the 60 bytes") as caught:
+        desk.admit(args=(b"x" * 41,))
+    assert caught.value.headers == {"Retry-After": "1"}
+    assert desk.scheduler.queued_bytes == 60
+    desk.scheduler.leave(first, CANCELLED)
+    assert desk.scheduler.queued_bytes == 0
+    desk.admit(args=(b"x" * 41,))
+    desk.books(submitted=3, cancelled=1, rejected=1)
+
+
 def test_urgent_call_waits_less(desk: Desk, clock: Clock) -> None:
     """The prediction counts those ahead only: an urgent call passes the others."""
     desk.admit()
@@ -419,6 +446,160 @@ def test_failure_of_a_late_call(desk: Desk) -> None:
     desk.scheduler.leave(call, CANCELLED)
     desk.scheduler.finish(call, None, LookupError("gone"))
     desk.books(submitted=1, cancelled=1, late=1)
+
+
+# -- a queue that stands -----------------------------------------------------------------------
+
+
+POLICY = QueuePolicy(overload="shed", target=0.25, interval=2.0)
+NEWEST = dataclasses.replace(POLICY, overload="newest")
+TIME = 40.0  # that calls have; a quarter of it is 10 seconds
+
+
+def standing(clock: Clock, policy: QueuePolicy = POLICY, **options: Any) -> Desk:
+    """A desk where a call runs, and whose queue has just been found to have stood for too long."""
+    desk = Desk(clock=clock, policy=policy, **options)
+    desk.admit(deadline=clock.now + TIME)
+    desk.admit(deadline=clock.now + TIME)
+    clock.now += 10.0
+    first = desk.take()
+    clock.now += 2.0
+    second = desk.scheduler.finish(first, None, None)
+    if second is not None:  # it is not dropped: that is a matter of the policy
+        desk.scheduler.finish(second, None, None)
+    assert desk.scheduler.overloaded
+    desk.counters.service_time = 0.0  # nothing is predicted, unless a test says so
+    desk.admit("running")
+    desk.take()
+    return desk
+
+
+def test_long_is_not_standing(clock: Clock) -> None:
+    """A queue that gets short within the interval is a burst, and nothing is done about it."""
+    desk = Desk(clock=clock, policy=POLICY)
+    for _ in range(3):
+        desk.admit(deadline=clock.now + TIME)
+    clock.now += 30.0
+    call: Call | None = desk.take()
+    while call is not None:
+        clock.now += 0.9
+        call = desk.scheduler.finish(call, None, None)
+    assert not desk.scheduler.overloaded
+    desk.books(submitted=3, completed=3)
+
+
+def test_who_has_waited_is_shed(clock: Clock) -> None:
+    """Who has waited for too much of its time when its turn comes makes way: at once, with a 503,
+    and safe to repeat. Who has not, runs."""
+    desk = standing(clock)
+    old = desk.admit("old", deadline=clock.now + TIME)
+    clock.now += 5.1
+    new = desk.admit("new", deadline=clock.now + TIME)
+    clock.now += 5.0
+    running = desk.scheduler.current()
+    assert running is not None
+    assert desk.scheduler.finish(running, None, None) is None
+    assert desk.take() is new
+    assert desk.port.posted[-2:] == ["running", "old"]
+    with pytest.raises(QueueFull, match=r"dropped after 10\.1 s of waiting") as caught:
+        old.outcome()
+    assert caught.value.retry_after is not None
+    assert desk.counters.rejected == 2  # the first on the way here
+    check_law(desk.scheduler, desk.counters)
+
+
+def test_refused_rather_than_shed(clock: Clock) -> None:
+    """Who would wait for too much of its time is told so on arrival."""
+    desk = standing(clock)
+    desk.counters.service_time = 4.0
+    for _ in range(2):
+        desk.admit(deadline=clock.now + TIME)
+    with pytest.raises(QueueFull, match=r"would wait about 12 s of its 40 s; it was not queued"):
+        desk.admit(deadline=clock.now + TIME)
+    desk.admit(deadline=clock.now + 1.3 * TIME)
+    desk.admit(priority=-1, deadline=clock.now + TIME)
+    assert desk.counters.rejected == 2  # the first on the way here
+
+
+@pytest.mark.parametrize("overload", ["shed", "newest"])
+def test_no_time_limit_no_hurry(clock: Clock, overload: Overload) -> None:
+    """A call without a time limit is neither dropped nor overtaken for as long as it waits."""
+    desk = standing(clock, dataclasses.replace(POLICY, overload=overload))
+    patient = desk.admit()
+    clock.now += 10 * TIME
+    desk.admit(deadline=clock.now + TIME)
+    running = desk.scheduler.current()
+    assert running is not None
+    assert desk.scheduler.finish(running, None, None) is patient
+
+
+def test_newest_first(clock: Clock) -> None:
+    """Who came last runs first, and the others at their end learn that they never ran."""
+    desk = standing(clock, NEWEST)
+    calls = [desk.admit(number, deadline=clock.now + TIME) for number in range(3)]
+    clock.now += TIME / 2
+    running = desk.scheduler.current()
+    assert running is not None
+    assert desk.scheduler.finish(running, None, None) is calls[2]
+    clock.now += TIME / 2
+    assert desk.scheduler.finish(calls[2], None, None) is None
+    assert desk.scheduler.poll() == (calls[0], False)
+    assert calls[0].departure is Departure.EXPIRED
+
+
+def test_newest_ends_when_the_oldest_waits_no_more(clock: Clock) -> None:
+    """It is the oldest that tells whether the queue stands, and not the newest, which runs."""
+    desk = standing(clock, NEWEST)
+    first, second = (desk.admit(deadline=clock.now + TIME) for _ in range(2))
+    clock.now += 1.9
+    running = desk.scheduler.current()
+    assert running is not None
+    assert desk.scheduler.finish(running, None, None) is second
+    clock.now += 0.2
+    assert desk.scheduler.finish(second, None, None) is first
+    assert not desk.scheduler.overloaded
+
+
+def test_oldest_makes_room_for_the_newest(clock: Clock) -> None:
+    """In a full queue the oldest of the same class, or a later one, is dropped."""
+    desk = standing(clock, NEWEST, max_queue=3)
+    urgent = desk.admit("urgent", priority=-1, deadline=clock.now + TIME)
+    patient = desk.admit("patient")
+    old = desk.admit("old", deadline=clock.now + TIME)
+    clock.now += 1
+    new = desk.admit("new", deadline=clock.now + TIME)
+    assert desk.port.posted[-1] == "old"
+    with pytest.raises(QueueFull, match="dropped after 1 s"):
+        old.outcome()
+    assert desk.scheduler.waiting() == [urgent, patient, new]
+    desk.scheduler.leave(new, CANCELLED)
+    desk.admit("another")
+    with pytest.raises(QueueFull, match="3 calls are waiting"):
+        desk.admit()
+
+
+def test_newest_is_not_kept_waiting(clock: Clock) -> None:
+    """Nothing is ahead of a call that runs next: it is not refused for the calls that wait."""
+    desk = standing(clock, NEWEST)
+    desk.counters.service_time = 4.0
+    for _ in range(5):
+        desk.admit(deadline=clock.now + TIME)
+    desk.admit(deadline=clock.now + 8.1)
+    with pytest.raises(DeadlineExceeded, match="would need about 8 s"):
+        desk.admit(deadline=clock.now + 7.9)
+
+
+def test_waiting_is_a_policy_too(clock: Clock) -> None:
+    """Where nothing is to be done, all wait in turn."""
+    desk = standing(clock, dataclasses.replace(POLICY, overload="wait"), max_queue=2)
+    first, second = (desk.admit(deadline=clock.now + TIME) for _ in range(2))
+    with pytest.raises(QueueFull):
+        desk.admit()
+    clock.now += 0.9 * TIME
+    running = desk.scheduler.current()
+    assert running is not None
+    assert desk.scheduler.finish(running, None, None) is first
+    assert desk.scheduler.finish(first, None, None) is second
 
 
 # -- the end -----------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from pathlib import Path
 
 MAPS = Path("/proc/self/maps")
 
+_PATH = re.compile("/.*")  # what comes before it in a line has no slash
+
 
 def mapped_files(pattern: re.Pattern[str], maps: Path = MAPS) -> dict[str, re.Match[str]]:
     """The mapped files whose path ``pattern`` is found in, with the match; none off Linux."""
@@ -18,9 +20,10 @@ def mapped_files(pattern: re.Pattern[str], maps: Path = MAPS) -> dict[str, re.Ma
     except OSError:
         return {}
     found = {}
-    for line in text.splitlines():
-        match = pattern.search(line)
+    # A library has several lines, and a program like this a thousand: each path is looked at once.
+    for path in dict.fromkeys(_PATH.findall(text)):
+        match = pattern.search(path)
         if match:
             # The loader knows a file that was deleted or replaced since by its name of then.
-            found[line[line.index("/") :].removesuffix(" (deleted)")] = match
+            found[path.removesuffix(" (deleted)")] = match
     return found

@@ -139,12 +139,10 @@ class InlineScheduler(Scheduler):
             finally:
                 self._queue, self._refusal = before
 
-    def poll(self) -> tuple[Call | None, bool]:
-        """Claim the next call. Nobody sleeps who would have to be woken."""
-        with self._lock:
-            claimed = super().poll()
-            self._idle = False
-        return claimed
+    def expire(self, call: Call) -> bool:
+        """The caller leaves, if it is too late. Event loops, which ask for it, count real time."""
+        too_late = call.deadline is not None and self.clock() >= call.deadline
+        return too_late and super().expire(call)
 
     def nap(self) -> bool:
         """If a batch is held back for more items, let that time pass; return whether it was."""
@@ -214,10 +212,8 @@ class OpenInlineWorker(OpenThreadWorker):
             self._expire()
 
     def _expire(self) -> None:
-        now = self._scheduler.clock()
         for call in self._scheduler.under_way():
-            due = call.deadline is not None and now >= call.deadline
-            if due and self._scheduler.expire(call):
+            if self._scheduler.expire(call):
                 call.port.post(call.waiter)
 
 

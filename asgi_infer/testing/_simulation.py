@@ -259,7 +259,7 @@ class Client:
         world = self._world
         if call.departure is None and call.buffer:
             call.buffer.take()
-            if call.parked and not call.buffer.full:
+            if call.parked and call.buffer.half_empty:
                 world.scheduler.resume(call)
             world.at(world.clock.now + self._request.pause, partial(self._consume, call))
         elif call.over or call.departure is not None:
@@ -333,13 +333,12 @@ class _Buffer(StreamBuffer):
 
     def __init__(self, size: int, world: World) -> None:
         super().__init__(size)
-        self._half = size // 2
         self._world = world
 
     def wait_for_room(self, timeout: float | None) -> bool:
         """Let events happen until half of the buffer is free, or it is closed."""
         limit = math.inf if timeout is None else self._world.clock.now + timeout
-        while len(self._items) > self._half and not self._closed:
+        while not self.half_empty and not self._closed:
             if not self._world.next_event(limit):
                 break
         return not self.full

@@ -21,6 +21,10 @@ class ModelSpec:
     native: NativePolicy
 
 
+class LazyResult(TypeError):
+    """A function has returned something that has yet to run, whatever its arguments were."""
+
+
 class Steps(Protocol):
     """A generator where the model lives. Used by the inference thread alone."""
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from .._call import Work
 from .._model import name_of, resolve_work
-from ._protocol import ModelSpec, Steps
+from ._protocol import LazyResult, ModelSpec, Steps
 
 _LAZY = {
     CoroutineType: "a coroutine",
@@ -104,12 +104,14 @@ class OpenGenerator:
         item = self._context.run(next, self._generator)
         kind = type(item)
         if kind not in _PLAIN and (kind in _LAZY or hasattr(kind, "__await__")):
-            _reject_lazy(item, self._func)
+            _reject_lazy(item, self._func, did="yielded")
         return item
 
     def close(self) -> None:
-        """Run the generator's ``finally`` blocks, if it is one: other iterators have none."""
+        """Run the generator's ``finally`` blocks, if it is one: other iterators may have none."""
         close = getattr(self._generator, "close", None)
+        # Tracebacks lead to this object: they must not keep the model alive, nor end it elsewhere.
+        del self._generator, self._func
         if close is not None:
             self._context.run(close)
 
@@ -134,14 +136,16 @@ def _reject_no_generator(result: Any, func: Any) -> NoReturn:
     )
 
 
-def _reject_lazy(result: Any, func: Any) -> None:
+def _reject_lazy(result: Any, func: Any, *, did: str = "returned") -> NoReturn:
     kind = _LAZY.get(type(result), "an awaitable")
     if hasattr(result, "close"):
         result.close()  # or Python warns that it was never awaited
     instead = "pass a plain function that returns its result"
-    if kind == _LAZY[GeneratorType]:
+    if did == "yielded":
+        instead = "yield what is there already"
+    elif kind == _LAZY[GeneratorType]:
         instead = "use stream() for it, or return a list"
-    raise TypeError(
-        f"{name_of(func)} returned {kind}, which would run elsewhere than on the inference "
+    raise LazyResult(
+        f"{name_of(func)} {did} {kind}, which would run elsewhere than on the inference "
         f"thread; {instead}"
     )

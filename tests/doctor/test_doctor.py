@@ -33,20 +33,25 @@ def target(model: str, sample: str | None = "row") -> Target:
 @pytest.fixture(scope="module")
 def diagnosis() -> Diagnosis:
     """Of a model on GNU OpenMP, with a thread sweep of one step; where others are busy, the third
-    attempt at the latest: a pool that loses its CPUs to them sleeps as well, everywhere."""
+    attempt at the latest: a pool that loses its CPUs to them sleeps as well, everywhere, and then
+    two pools look like one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_doctor, "sweep_counts", lambda: [1])
         options = Options(seconds=0.3, arms=("script", "def", "runner"))
         found = diagnose(target("Regions", None), options)
         for _ in range(2):
-            if found.machine.noisy:
+            if found.machine.noisy and "two-pools" not in keys(found):
                 found = diagnose(target("Regions", None), options)
         return found
 
 
+def keys(found: Diagnosis) -> list[str]:
+    return [finding.key for finding in found.findings]
+
+
 def test_two_pools_are_found(diagnosis: Diagnosis) -> None:
     """A model that is loaded on one thread and called on another sleeps at each barrier."""
-    assert "two-pools" in [finding.key for finding in diagnosis.findings]
+    assert "two-pools" in keys(diagnosis)
     throttled = diagnosis.arm("def")
     assert throttled is not None
     assert throttled.switches_per_call > models.REGIONS

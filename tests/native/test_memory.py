@@ -29,7 +29,7 @@ libc.free.argtypes = [ctypes.c_void_p]
 SIZES = [int(size) for size in sys.argv[2:]]
 
 def round_of(size):
-    blocks = [libc.malloc(size) for _ in range(4)]
+    blocks = [libc.malloc(size) for _ in range(2)]
     for block in blocks:
         ctypes.memset(block, 1, size)
     for block in blocks:

@@ -129,7 +129,7 @@ def test_streams(interleave: bool) -> None:
     of_call, of_stream = sorted(report.outcomes, key=lambda outcome: outcome.request.items)
     assert (of_stream.ending, of_stream.started) == ("completed", 0.0)
     assert of_stream.ended == 1.0 + 4 * 2.0
-    assert of_call.started == (2.0 if interleave else 5.0)
+    assert of_call.started == (1.0 if interleave else 5.0)
 
 
 @pytest.mark.parametrize("interleave", [False, True])

@@ -8,7 +8,7 @@ A line that must be refused carries an ignore, and both checkers complain of one
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import nullcontext
 from functools import partial
@@ -16,17 +16,21 @@ from typing import Any, assert_type
 
 import numpy as np
 from fastapi import FastAPI
+from fastapi.sse import EventSourceResponse
 from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
+from starlette.responses import StreamingResponse
 
 from asgi_infer import (
+    Batcher,
     DeadlineExceeded,
     InferenceMiddleware,
     InferenceRunner,
     NativePolicy,
     RunnerStatistics,
+    Stream,
     check_cancelled,
     runner_from,
 )
@@ -44,6 +48,10 @@ class Digits:
 
     def predict(self, image: Image, top: int = 1) -> list[int]:
         """Returns what run() must return."""
+        raise NotImplementedError
+
+    def steps(self, count: int) -> Iterator[str]:
+        """Yields what stream() must give."""
         raise NotImplementedError
 
 
@@ -124,6 +132,33 @@ async def wrapping(runner: InferenceRunner[Digits], image: Image) -> None:
     assert_type(await double(3), int)
 
 
+async def streaming(runner: InferenceRunner[Digits]) -> None:
+    """stream() takes a generator function's arguments and gives its items."""
+    stream = runner.stream(runner.model.steps, 3)
+    assert_type(stream, Stream[str])
+    async for step in stream:
+        assert_type(step, str)
+    assert_type(await anext(runner.stream(iter, [1, 2])), int)
+    async with runner.stream(
+        partial(runner.model.steps, count=3),
+        buffer=1,
+        stall_timeout=None,
+        interleave=True,
+        timeout=1.5,
+        priority=-1,
+    ) as same:
+        assert_type(same, Stream[str])
+        await same.aclose()
+    StreamingResponse(stream)
+    EventSourceResponse(stream)
+    wrapped = runner.wrap(runner.model.steps, timeout=1.0)
+    assert_type(wrapped(count=3), Stream[str])
+    runner.stream(runner.model.steps, "3")  # type: ignore[arg-type]
+    runner.stream(runner.model.steps(3))  # type: ignore[arg-type]
+    runner.stream(area, 3, 4)  # type: ignore[arg-type]
+    wrapped("3")  # type: ignore[arg-type]
+
+
 async def living(runner: InferenceRunner[Digits]) -> None:
     """Lifecycle and statistics."""
     async with runner as same:
@@ -177,3 +212,56 @@ def working(spec: ModelSpec) -> None:
     worker: Worker = ThreadWorker()
     opened: OpenWorker = worker.open(spec)
     opened.close()
+
+
+Vector = NDArray[np.float32]
+
+
+class Embedder:
+    """A model that takes many at once."""
+
+    def embed(self, texts: list[str]) -> NDArray[np.float32]:
+        """Returns an array with as many rows."""
+        raise NotImplementedError
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Takes any sequence, returns a list."""
+        raise NotImplementedError
+
+    def forward(self, images: Image) -> Image:
+        """Takes a stacked array, returns one."""
+        raise NotImplementedError
+
+    def detect(self, images: Image) -> list[dict[str, float]]:
+        """Takes a stacked array, returns a list."""
+        raise NotImplementedError
+
+    def both(self, pair: tuple[Image, Image]) -> dict[str, Image]:
+        """Takes two stacked arrays."""
+        raise NotImplementedError
+
+
+async def batching(runner: InferenceRunner[Embedder], image: Image) -> None:
+    """A Batcher takes one item and returns its result; the function takes and returns many."""
+    lengths = Batcher(runner, runner.model.lengths, max_size=8)
+    assert_type(lengths, Batcher[str, int])
+    assert_type(await lengths.run("a text", timeout=1.0, priority=1), int)
+    assert_type(lengths.submit("a text"), Future[int])
+    await lengths.run(3)  # type: ignore[arg-type]
+    embed = Batcher(runner, runner.model.embed, max_size=8, max_delay=0.002)
+    assert_type(embed, Batcher[str, Any])
+    exact: Batcher[str, Vector] = Batcher(runner, runner.model.embed, max_size=8)
+    assert_type(await exact.run("a text"), Vector)
+    Batcher(runner, area, max_size=8)  # type: ignore[arg-type]
+    Batcher(runner, runner.model.embed)  # type: ignore[call-overload]
+
+
+async def stacking(runner: InferenceRunner[Embedder], image: Image) -> None:
+    """With stack=True the function takes what the items are, with one axis more."""
+    forward = Batcher(runner, runner.model.forward, max_size=8, stack=True)
+    assert_type(forward, Batcher[Image, Any])
+    await forward.run("a text")  # type: ignore[arg-type]
+    detect = Batcher(runner, runner.model.detect, max_size=8, stack=True)
+    assert_type(await detect.run(image), dict[str, float])
+    both = Batcher(runner, runner.model.both, max_size=8, stack=True)
+    assert_type(both, Batcher[tuple[Image, Image], Any])

@@ -17,7 +17,7 @@ from asgi_infer import NativePolicy
 from asgi_infer._model import ModelReference
 from asgi_infer.native import openmp
 from asgi_infer.workers import ThreadWorker
-from asgi_infer.workers._protocol import ModelSpec
+from asgi_infer.workers._protocol import ModelSpec, Steps
 from asgi_infer.workers.thread import OpenThreadWorker
 
 from ..calls import work_of
@@ -174,6 +174,135 @@ class Lazy:
 def test_results_are_passed_on(value: object) -> None:
     """Any other result is handed on as it is, not a copy."""
     assert on_worker(make_spec(), lambda w: w.execute(*work_of(lambda: value))) is value
+
+
+# -- streams -----------------------------------------------------------------------------------
+
+
+def take_all(steps: Steps) -> list[Any]:
+    """All items, and then the end."""
+    items = []
+    while True:
+        try:
+            items.append(next(steps))
+        except StopIteration:
+            steps.close()
+            return items
+
+
+class Counting(Model):
+    def count(self, limit: int) -> Iterator[int]:
+        try:
+            for number in range(limit):
+                log("stepped")
+                yield self.factor * number
+        finally:
+            log("closed")
+
+
+def test_iterate() -> None:
+    """A generator of the model's is stepped and closed on its thread."""
+    spec = make_spec(Counting)
+    model: Any = ModelReference(spec)
+    work = work_of(model.count, 3)
+    assert on_worker(spec, lambda worker: take_all(worker.iterate(*work))) == [0, 2, 4]
+    assert logged() == ["made", *3 * ["stepped"], "closed", "destroyed"]
+    assert len({thread for _, thread in _log}) == 1
+
+
+def test_iterate_lazily() -> None:
+    """Nothing of the generator runs before its first step."""
+    work = work_of(Counting().count, 3)
+    _log.clear()
+    on_worker(make_spec(None), lambda worker: worker.iterate(*work).close())
+    assert logged() == []
+
+
+def test_context_of_all_steps() -> None:
+    """The steps and the end share one copy of the caller's context: also when it is closed."""
+    variable = contextvars.ContextVar("variable", default="none")
+    seen = []
+
+    def generate_in_context() -> Iterator[int]:
+        try:
+            seen.append(variable.get())
+            variable.set("generator's")
+            yield 1
+        finally:
+            seen.append(variable.get())
+
+    def step_and_close(worker: OpenThreadWorker) -> None:
+        steps = worker.iterate(*work)
+        next(steps)
+        steps.close()
+
+    variable.set("caller's")
+    work = work_of(generate_in_context)
+    on_worker(make_spec(None), step_and_close)
+    assert seen == ["caller's", "generator's"]
+    assert variable.get() == "caller's"
+
+
+@pytest.mark.parametrize(
+    ("func", "args", "items"),
+    [
+        (iter, ([1, None, ""],), [1, None, ""]),
+        (map, (int, "12"), [1, 2]),
+        (reversed, ("ab",), ["b", "a"]),
+    ],
+)
+def test_any_iterator(func: Any, args: tuple[Any, ...], items: list[Any]) -> None:
+    """Iterators that are no generators are stepped as well, and need no ``close()``."""
+    work = work_of(func, *args)
+    assert on_worker(make_spec(None), lambda worker: take_all(worker.iterate(*work))) == items
+
+
+@pytest.mark.parametrize(
+    ("func", "kind"),
+    [
+        (lambda: [1, 2], "list"),
+        (lambda: "text", "str"),
+        (lambda: None, "NoneType"),
+        (coroutine, "coroutine"),
+        (generate_async, "async_generator"),
+        (Awaitable, "Awaitable"),
+    ],
+)
+def test_no_generator(func: Callable[[], Any], kind: str) -> None:
+    """What can't be stepped is refused, by its type; a coroutine is closed."""
+    with pytest.raises(TypeError, match=f"returned a {kind}, and a stream needs a generator"):
+        on_worker(make_spec(None), lambda worker: worker.iterate(*work_of(func)))
+
+
+@pytest.mark.parametrize(
+    ("func", "kind"),
+    [
+        (generate, "a generator"),
+        (coroutine, "a coroutine"),
+        (generate_async, "an async generator"),
+        (Awaitable, "an awaitable"),
+    ],
+)
+def test_lazy_items_are_refused(func: Callable[[], Any], kind: str) -> None:
+    """So are items that have yet to run; they are closed."""
+    work = work_of(lambda: iter([1, func()]))
+    with pytest.raises(TypeError, match=f"yielded {kind}, which would run elsewhere"):
+        on_worker(make_spec(None), lambda worker: take_all(worker.iterate(*work)))
+
+
+def test_closed_steps_keep_nothing() -> None:
+    """A traceback may lead to the steps: once they are closed they hold no model any more."""
+
+    def live(worker: OpenThreadWorker) -> bool:
+        counting = Counting()
+        steps = worker.iterate(*work_of(counting.count, 3))
+        next(steps)
+        steps.close()
+        reference = weakref.ref(counting)
+        del counting
+        return reference() is None
+
+    assert on_worker(make_spec(None), live)
 
 
 # -- the model's life --------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Search the Python manual by meaning: ``python -m examples.embeddings``."""
