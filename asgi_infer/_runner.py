@@ -79,6 +79,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
     """
 
     _clock: Callable[[], float] = staticmethod(time.monotonic)  # what deadlines are on
+    _thread_type = InferenceThread
+    _scheduler_type = Scheduler
 
     def __init__(
         self,
@@ -523,21 +525,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
             if previous is not None and not (again and previous.over):
                 return previous
             openmp.release_pools()
-            thread = InferenceThread(
-                spec=self._spec,
-                worker=self._worker,
-                scheduler=Scheduler(
-                    max_queue=self._max_queue,
-                    max_bytes=self._max_queue_bytes,
-                    policy=self._queue_policy,
-                    counters=self._counters,
-                    lock=self._lock,
-                    clock=self._clock,
-                ),
-                usage=self._usage,
-                home=_port_here(),
-                previous=previous,
-            )
+            thread = self._make_thread(previous)
             try:
                 thread.start()
             except RuntimeError as error:
@@ -546,6 +534,23 @@ class InferenceRunner(Executor, Generic[ModelT]):
             _exit.stop_at_exit(thread)
             self._thread = thread
             return thread
+
+    def _make_thread(self, previous: InferenceThread | None) -> InferenceThread:
+        return self._thread_type(
+            spec=self._spec,
+            worker=self._worker,
+            scheduler=self._scheduler_type(
+                max_queue=self._max_queue,
+                max_bytes=self._max_queue_bytes,
+                policy=self._queue_policy,
+                counters=self._counters,
+                lock=self._lock,
+                clock=self._clock,
+            ),
+            usage=self._usage,
+            home=_port_here(),
+            previous=previous,
+        )
 
     async def _enter(self, startup_timeout: float | None) -> None:
         """One user more, who waits for the model; who gets no model is no user."""

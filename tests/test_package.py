@@ -24,7 +24,14 @@ import asgi_infer
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "asgi_infer"
-PUBLIC = ["asgi_infer", "asgi_infer.fastapi", "asgi_infer.native", "asgi_infer.workers"]
+PUBLIC = [
+    "asgi_infer",
+    "asgi_infer.fastapi",
+    "asgi_infer.native",
+    "asgi_infer.testing",
+    "asgi_infer.testing.fixtures",
+    "asgi_infer.workers",
+]
 
 
 # -- names -------------------------------------------------------------------------------------
@@ -85,6 +92,7 @@ FLOORS = [
     {"_batcher", "_client", "_lookup"},
     {"_lifespan", "fastapi"},
     {"middleware"},
+    {"testing"},
     {"_launch", "doctor"},
     {"_commands"},
     {"cli"},

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from .._call import Work
 from .._model import name_of, resolve_work
-from ._protocol import LazyResult, ModelSpec
+from ._protocol import LazyResult, ModelSpec, Steps
 
 _LAZY = {
     CoroutineType: "a coroutine",
@@ -46,7 +46,7 @@ class OpenThreadWorker:
         self._spec = spec  # what references to this model carry as their owner
         with ExitStack() as stack:
             spec.native.enter(stack, name=spec.name)
-            self._model = None if spec.load is None else _load(spec.load)
+            self._model = None if spec.load is None else load_model(spec.load)
             spec.native.limit_threads()  # again: loading may have brought new runtimes
             stack.callback(self._destroy)
             if spec.warmup is not None:
@@ -65,7 +65,7 @@ class OpenThreadWorker:
             _reject_lazy(result, func)
         return result
 
-    def iterate(self, work: Work, context: Context, /) -> OpenGenerator:
+    def iterate(self, work: Work, context: Context, /) -> Steps:
         """Call the function, which returns a generator, in its caller's context.
 
         :raises TypeError: it returned something else
@@ -116,7 +116,11 @@ class OpenGenerator:
             self._context.run(close)
 
 
-def _load(load: Callable[[], Any]) -> Any:
+def load_model(load: Callable[[], Any]) -> Any:
+    """What ``load`` makes.
+
+    :raises TypeError: that is a coroutine
+    """
     model = load()
     if isinstance(model, CoroutineType):
         _reject_lazy(model, load)

@@ -17,8 +17,8 @@ from asgi_infer import NativePolicy
 from asgi_infer._model import ModelReference
 from asgi_infer.native import openmp
 from asgi_infer.workers import ThreadWorker
-from asgi_infer.workers._protocol import ModelSpec
-from asgi_infer.workers.thread import OpenGenerator, OpenThreadWorker
+from asgi_infer.workers._protocol import ModelSpec, Steps
+from asgi_infer.workers.thread import OpenThreadWorker
 
 from ..calls import work_of
 from ..threads import on_new_thread
@@ -179,7 +179,7 @@ def test_results_are_passed_on(value: object) -> None:
 # -- streams -----------------------------------------------------------------------------------
 
 
-def take_all(steps: OpenGenerator) -> list[Any]:
+def take_all(steps: Steps) -> list[Any]:
     """All items, and then the end."""
     items = []
     while True:

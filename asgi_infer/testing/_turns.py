@@ -1,0 +1,21 @@
+"""One turn of whatever has been claimed, as the inference thread takes it."""
+
+from __future__ import annotations
+
+from .._batch import BatchCall
+from .._buffer import StreamCall
+from .._call import Call
+from .._execute import run_batch, run_call, step_stream
+from .._scheduler import Scheduler
+from ..workers._protocol import OpenWorker
+
+
+def run_turn(worker: OpenWorker, scheduler: Scheduler, call: Call) -> Call | None:
+    """Run what was claimed; return what is claimed next, if anything is."""
+    if type(call) is StreamCall:
+        return step_stream(worker, scheduler, call)
+    if type(call) is BatchCall:
+        run_batch(worker, scheduler, call)
+        return scheduler.finish_batch(call)
+    value, error = run_call(worker, scheduler, call)
+    return scheduler.finish(call, value, error)
