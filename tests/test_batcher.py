@@ -8,6 +8,7 @@ import math
 import random
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from decimal import Decimal
 from functools import partial
 from typing import Any, Self
@@ -224,10 +225,11 @@ async def test_member_that_is_too_late(runner: InferenceRunner[Model]) -> None:
     """Its caller has the error in time, and who waits with it a result."""
     inside = Gate()
     batcher: Batcher[int, int] = Batcher(runner, inside, max_size=8)
+    mates: list[Future[int]] = []
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(batcher.run, 1)
         await inside.entered_async()
-        mates = [batcher.submit(2), batcher.submit(3)]
+        mates += [batcher.submit(2), batcher.submit(3)]
         with pytest.raises(DeadlineExceeded) as caught:
             await batcher.run(4, timeout=0.01)
         assert not caught.value.started

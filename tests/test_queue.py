@@ -228,7 +228,8 @@ def test_size_of(arguments: tuple[Any, ...], size: int) -> None:
 
 def test_size_of_partials() -> None:
     """Keyword arguments come in partials, which may be nested."""
-    func = partial(partial(print, b"123"), end=b"45")
+    show: Any = print
+    func = partial(partial(show, b"123"), end=b"45")
     assert size_of((partial(func, b"6"), (b"7",))) == 7
 
 
