@@ -19,11 +19,14 @@ Refusal = Callable[[float], InferenceError]
 
 
 def retry_after(wait: float) -> float:
-    """Seconds for ``Retry-After``: the predicted wait, within 1 and 60, give or take a fifth.
+    """Seconds for ``Retry-After``: the predicted wait or up to half of it and 3 seconds more.
 
-    The jitter keeps clients that were refused together from coming back together.
+    Clients that were refused together must not come back together. The header has whole seconds,
+    so that a share of a short wait would make no difference. From 1 to 60, which is as good as
+    any longer wait.
     """
-    return min(60.0, max(1.0, wait * random.uniform(0.8, 1.2)))  # noqa: S311  # no secret
+    wait = min(wait, 38.0)
+    return max(1.0, random.uniform(wait, 1.5 * wait + 3.0))  # noqa: S311  # no secret
 
 
 def stopped(call: Call) -> Draining:

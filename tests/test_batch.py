@@ -459,7 +459,7 @@ def test_a_full_queue_says_when_to_come_back(desk: Desk) -> None:
         desk.admit(function, item)
     with pytest.raises(QueueFull) as caught:
         desk.admit(function)
-    assert 16.0 <= (caught.value.retry_after or 0) <= 24.0
+    assert 20.0 <= (caught.value.retry_after or 0) <= 1.5 * 20.0 + 3
 
 
 # -- the books ---------------------------------------------------------------------------------

@@ -460,14 +460,20 @@ def _once(measure: Callable[..., Sample]) -> Callable[..., Sample]:
 
 
 @on_linux
-def test_every_arm_of_every_figure_yields_finite_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "names", [["handoff-asyncio", "watch"], pytest.param([], marks=pytest.mark.soak, id="all")]
+)
+def test_every_arm_of_every_figure_yields_finite_figures(
+    monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
     """Each runs once, in its own processes, and fills every column that it is to fill."""
     for measure in (serve, script):
         once = _once(measure)
         for module in (_served, digits, full_cpu, rivals, web):
             if hasattr(module, measure.__name__):
                 monkeypatch.setattr(module, measure.__name__, once)
-    figures = _different(FIGURES)
+    figures = [each for each in _different(FIGURES) if each.name in names or not names]
+    assert len(figures) >= len(names)
     with ThreadPoolExecutor(3) as executor:
         for each, measured in zip(figures, executor.map(_round, figures), strict=True):
             assert list(measured) == list(each.arms)
@@ -503,6 +509,7 @@ def test_a_loop_without_a_server_uses_the_real_model(how: str) -> None:
 
 
 @on_linux
+@pytest.mark.soak
 def test_the_digits_are_classified_behind_the_runner() -> None:
     """The real model, trained small, is loaded by the server and answers the load client."""
     scale = replace(TINY, iterations=2, seconds=1.0, warmup=0.1)

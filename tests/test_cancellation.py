@@ -211,7 +211,7 @@ async def test_too_little_time_on_arrival(
     with pytest.raises(DeadlineExceeded) as caught:
         await runner.run(abs, -1, timeout=15.9)
     assert caught.value.started is False
-    assert 0.8 * 16.0 <= (caught.value.retry_after or 0) <= 1.2 * 16.0
+    assert 16.0 <= (caught.value.retry_after or 0) <= 27.0
     assert caught.value.headers is not None
     now = runner.statistics()
     assert (now.queued, now.rejected, now.expired) == (0, 1, 0)

@@ -374,6 +374,27 @@ def test_max_queue(value: Any) -> None:
         InferenceRunner(max_queue=value)
 
 
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "1"])
+def test_max_queue_bytes(value: Any) -> None:
+    """A bound for the bytes is a number of bytes."""
+    with pytest.raises(ValueError, match="max_queue_bytes must be an integer of at least 1"):
+        InferenceRunner(max_queue_bytes=value)
+
+
+def test_bytes_that_wait(gate: Gate) -> None:
+    """What the arguments of waiting calls hold is bounded, seen in the statistics, and let go."""
+    with InferenceRunner[None](max_queue_bytes=1000) as runner:
+        runner.submit(gate, bytes(5000))
+        gate.wait_entered()
+        waiting = runner.submit(len, bytes(900))
+        assert runner.statistics().queued_bytes == 900
+        with pytest.raises(QueueFull, match="max_queue_bytes"):
+            runner.submit(len, bytes(101))
+        waiting.cancel()
+        assert runner.statistics().queued_bytes == 0
+        gate.release.set()
+
+
 @pytest.mark.parametrize("value", ["", " ", None, 5])
 def test_name(value: Any) -> None:
     """A name is a text."""

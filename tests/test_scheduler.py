@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import threading
 import time
@@ -31,6 +32,9 @@ from asgi_infer._statistics import Counters
 
 from .calls import RecordingPort, make_call
 from .gates import LIMIT
+
+RETRY_SOON = [{"Retry-After": str(seconds)} for seconds in (1, 2, 3)]
+"""With nothing to wait for: as soon as others that were refused allow."""
 
 CANCELLED, EXPIRED = Departure.CANCELLED, Departure.EXPIRED
 
@@ -193,7 +197,7 @@ def test_queue_full(clock: Clock) -> None:
     desk.admit()
     with pytest.raises(QueueFull, match="2 calls are waiting") as caught:
         desk.admit()
-    assert caught.value.headers == {"Retry-After": "1"}
+    assert caught.value.headers in RETRY_SOON
     desk.books(submitted=4, rejected=1, running=1)
     assert clock.now == 1000
 
@@ -212,7 +216,7 @@ def test_queue_full_predicts_the_wait(clock: Clock) -> None:
     clock.now += 1  # of the running call's 4 seconds
     with pytest.raises(QueueFull) as caught:
         desk.admit()
-    assert caught.value.retry_after == pytest.approx(3 * 4 + 3, rel=0.2)
+    assert 15.0 <= (caught.value.retry_after or 0) <= 1.5 * 15.0 + 3
 
 
 def test_expired_calls_make_room(clock: Clock) -> None:
@@ -249,7 +253,7 @@ def test_too_little_time(desk: Desk, clock: Clock) -> None:
     with pytest.raises(DeadlineExceeded, match="it was not queued") as caught:
         desk.admit(deadline=clock.now + 29.9)
     assert not caught.value.started
-    assert caught.value.retry_after == pytest.approx(30, rel=0.2)
+    assert 30.0 <= (caught.value.retry_after or 0) <= 1.5 * 30.0 + 3
     desk.books(submitted=4, completed=1, rejected=1)
 
 
@@ -268,7 +272,7 @@ def test_too_many_bytes(clock: Clock) -> None:
     first = desk.admit(args=(b"x" * 60,))
     with pytest.raises(QueueFull, match="hold 41 bytes, and beside the 60 bytes") as caught:
         desk.admit(args=(b"x" * 41,))
-    assert caught.value.headers == {"Retry-After": "1"}
+    assert caught.value.headers in RETRY_SOON
     assert desk.scheduler.queued_bytes == 60
     desk.scheduler.leave(first, CANCELLED)
     assert desk.scheduler.queued_bytes == 0
@@ -297,20 +301,20 @@ def test_refusal(desk: Desk) -> None:
             desk.admit()
         errors.append(caught.value)
     assert errors[0] is not errors[1]
-    assert errors[0].headers == {"Retry-After": "1"}
+    assert errors[0].headers in RETRY_SOON
     assert desk.take() is accepted
     desk.books(submitted=3, rejected=2, running=1)
 
 
 @pytest.mark.parametrize(
-    ("wait", "least", "most"), [(0, 1, 1), (10, 8, 12), (55, 44, 60), (1e9, 60, 60)]
+    ("wait", "least", "most"), [(0, 1, 3), (10, 10, 18), (55, 38, 60), (1e9, 38, 60)]
 )
 def test_retry_after(wait: float, least: float, most: float) -> None:
-    """Within 1 and 60 seconds, give or take a fifth, and not the same for all."""
+    """Not before the predicted wait, within 1 and 60 seconds, and not the same for all."""
     seconds = {retry_after(wait) for _ in range(200)}
     assert least <= min(seconds)
     assert max(seconds) <= most
-    assert len(seconds) == 1 or len(seconds) > 100
+    assert len({math.ceil(each) for each in seconds}) >= 3  # whole ones, as the header has them
 
 
 # -- deadlines ---------------------------------------------------------------------------------

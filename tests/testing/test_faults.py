@@ -90,7 +90,7 @@ async def test_what_a_full_queue_says() -> None:
         with runner.full(), pytest.raises(QueueFull, match="10 calls are waiting") as caught:
             await runner.run(runner.model.double, 1, priority=priority)
         assert caught.value.retry_after is not None
-        assert 0.8 * 30.0 <= caught.value.retry_after <= 1.2 * 30.0
+        assert 30.0 <= caught.value.retry_after <= 1.5 * 30.0 + 3
 
 
 async def test_streams_go_on_while_the_queue_is_full() -> None:
