@@ -12,7 +12,7 @@ from ._load import Load, ask_for_calls, per_call
 from ._work import NOTHING, VARIABLE, Work
 from .rivals import BENTOML, LITSERVE, MOSEC, Rival
 
-FIXED, EACH = 0.010, 0.0002  # seconds a call, and for each item of it
+FIXED, EACH = 0.005, 0.001  # seconds a call, and for each item of it
 _ITEM = '{"number": 7}'
 
 
