@@ -162,6 +162,11 @@ class StreamCall(Call):
         self.steps: Any = None
         self.parked = False
 
+    @property
+    def fate(self) -> str:
+        """What becomes of it when its time is up: see ``Call.fate``."""
+        return "its generator will be closed at the next step"
+
     def patience(self, now: float) -> float | None:
         """Seconds that its buffer may stay full from ``now`` on; None if there is no limit."""
         if self.deadline is None:

@@ -116,6 +116,11 @@ class Call:
         return self.departure is not None or (self.deadline is not None and now >= self.deadline)
 
     @property
+    def fate(self) -> str:
+        """What becomes of it when it has begun and its time is up, for a message."""
+        return "it runs on, and its result will be thrown away"
+
+    @property
     def name(self) -> str:
         """What to call its function, while that is still known."""
         work = self.work  # read once: the thread lets go of it without the lock

@@ -83,6 +83,8 @@ class DeadlineExceeded(InferenceError, TimeoutError):
     def __init__(self, message: str, *, started: bool, retry_after: float | None = None) -> None:
         super().__init__(message, retry_after=retry_after)
         self.started = started
+        if not started:
+            self.detail = "The service is too busy to answer in time. Try again later."
 
 
 class ClientDisconnected(InferenceError):

@@ -47,8 +47,7 @@ def deadline_exceeded(call: Call, now: float) -> DeadlineExceeded:
             retry_after=retry_after(now - call.arrived),
         )
     return DeadlineExceeded(
-        f"the call's time was up after {now - call.started:.3g} s of running; it runs on, and "
-        f"its result will be thrown away",
+        f"the call's time was up after {now - call.started:.3g} s of running; {call.fate}",
         started=True,
     )
 

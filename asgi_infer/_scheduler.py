@@ -27,7 +27,7 @@ from ._overload import Overload
 from ._queue import CallQueue, size_of
 from ._queue_policy import QueuePolicy
 from ._refusals import ErrorOf, Refusal
-from ._statistics import Counters, moving_average
+from ._statistics import Counters, expectation, moving_average
 from ._suspended import Suspended
 
 
@@ -67,6 +67,7 @@ class Scheduler:
         self._stopped = False
         self._idle = False  # the thread sleeps, or is about to
         self._look_again = math.inf  # when it is to wake up by itself
+        self._call_time = 0.0  # seconds that a call, or a batch, is expected to take
         self._stream_time = 0.0  # seconds that a stream holds the thread, moving average
         self._item_time = 0.0  # the same for one item of a stream that lets others run
         self._turn_began = 0.0  # when who runs was claimed
@@ -532,7 +533,7 @@ class Scheduler:
         if isinstance(group, BatchGroup):
             return group.function.seconds(count)
         if group is None:
-            return count * self._counters.service_time
+            return count * self._call_time
         return count * (self._stream_time if group == "stream" else self._item_time)
 
     # -- under the lock: the books -------------------------------------------------------------
@@ -560,10 +561,8 @@ class Scheduler:
             if not call.interleave:
                 self._stream_time = moving_average(self._stream_time, seconds)
         else:
-            # One slow call among fast ones says little of the next. If it was the first of many,
-            # the average follows all the same: by three eighths with each.
-            usual = counters.service_time
-            counters.service_time = moving_average(usual, min(seconds, 4 * usual or seconds))
+            counters.service_time = moving_average(counters.service_time, seconds)
+            self._call_time = expectation(self._call_time, seconds)
 
     def _drop(self, calls: Iterable[Call], departure: Departure, error: ErrorOf | None) -> None:
         for call in calls:

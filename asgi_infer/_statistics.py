@@ -114,3 +114,16 @@ def moving_average(average: float, value: float) -> float:
     The first one counts whole: an average that starts from zero would promise too little.
     """
     return average + 0.125 * (value - average) if average else value
+
+
+def expectation(expected: float, value: float) -> float:
+    """What the next value is going to be, as far as the latest ones tell.
+
+    A moving average that jumps do not mislead for long. One slow call among fast ones counts for
+    no more than four of them. And where calls have become fast, it is half-way there with each:
+    to expect too much is worse than too little, since calls are refused for it, and calls that
+    are refused teach nothing.
+    """
+    if 0 < value < expected / 2:
+        return (expected + value) / 2
+    return moving_average(expected, min(value, 4 * expected or value))

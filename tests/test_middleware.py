@@ -387,7 +387,7 @@ def test_deadlines(runner: InferenceRunner[None], gate: Gate, prefix: str) -> No
     waiting = client.get(f"{prefix}/predict?timeout=0.05")
     assert waiting.status_code == 504
     assert 1 <= int(waiting.headers["retry-after"]) <= 60
-    assert waiting.text == "The answer did not come in time."
+    assert waiting.text == "The service is too busy to answer in time. Try again later."
 
 
 def test_deadline_of_a_running_call(runner: InferenceRunner[None], gate: Gate) -> None:

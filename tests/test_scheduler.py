@@ -472,7 +472,7 @@ def standing(clock: Clock, policy: QueuePolicy = POLICY, **options: Any) -> Desk
     if second is not None:  # it is not dropped: that is a matter of the policy
         desk.scheduler.finish(second, None, None)
     assert desk.scheduler.overloaded
-    desk.counters.service_time = 0.0  # nothing is predicted, unless a test says so
+    desk.scheduler._call_time = 0.0  # nothing is predicted, unless a test says so
     desk.admit("running")
     desk.take()
     return desk
@@ -515,7 +515,7 @@ def test_who_has_waited_is_shed(clock: Clock) -> None:
 def test_refused_rather_than_shed(clock: Clock) -> None:
     """Who would wait for too much of its time is told so on arrival."""
     desk = standing(clock)
-    desk.counters.service_time = 4.0
+    desk.scheduler._call_time = 4.0
     for _ in range(2):
         desk.admit(deadline=clock.now + TIME)
     with pytest.raises(QueueFull, match=r"would wait about 12 s of its 40 s; it was not queued"):
@@ -585,7 +585,7 @@ def test_oldest_makes_room_for_the_newest(clock: Clock) -> None:
 def test_newest_is_not_kept_waiting(clock: Clock) -> None:
     """Nothing is ahead of a call that runs next: it is not refused for the calls that wait."""
     desk = standing(clock, NEWEST)
-    desk.counters.service_time = 4.0
+    desk.scheduler._call_time = 4.0
     for _ in range(5):
         desk.admit(deadline=clock.now + TIME)
     desk.admit(deadline=clock.now + 8.1)
