@@ -12,6 +12,8 @@ from typing import Any
 
 from ._queue_policy import QueuePolicy
 
+_MAX_PRIORITY = 2**63 - 1
+
 _FACTORIES = (type, FunctionType, MethodType, BuiltinFunctionType, partial)
 
 
@@ -134,13 +136,15 @@ def check_grace(value: Any) -> float:
 
 
 def check_priority(value: Any) -> int:
-    """A priority: any integer.
+    """A priority: any integer of 64 bits, since the queue makes seconds of it, which are floats.
 
     :raises ValueError: it is anything else
     """
-    if not isinstance(value, int):
-        raise ValueError(f"priority must be an integer (lower runs sooner), not {value!r}")
-    return value
+    if isinstance(value, int) and abs(value) <= _MAX_PRIORITY:
+        return value
+    if isinstance(value, int):  # not in the message: it may have more digits than Python prints
+        raise ValueError(f"priority must be from {-_MAX_PRIORITY} to {_MAX_PRIORITY}")
+    raise ValueError(f"priority must be an integer (lower runs sooner), not {value!r}")
 
 
 def check_count(name: str, value: Any) -> int:

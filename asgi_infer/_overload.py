@@ -27,7 +27,7 @@ class Overload:
             # Half of it, and for some time: what is done about a queue makes it short at once.
             if share >= self._target / 2:
                 self._long_until = now
-            elif now - self._long_until >= self._interval:
+            elif self.short(now):
                 self.active = False
         elif share < self._target:
             self._long_since = None
@@ -37,6 +37,10 @@ class Overload:
             self.active = True
             self._long_since = None
             self._long_until = now
+
+    def short(self, now: float) -> bool:
+        """Whether no call has waited for long within the last interval, for an active one."""
+        return now - self._long_until >= self._interval
 
     def empty(self) -> None:
         """There is nothing in the queue: it is short."""

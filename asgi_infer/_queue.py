@@ -54,7 +54,7 @@ class CallQueue:
     ) -> None:
         self._max_size = max_size
         self._max_bytes = max_bytes
-        self._ageing = ageing
+        self._ageing = float(ageing)  # of an integer the products would be any size
         self._lanes: dict[int, _Lane] = {}  # in order of priority
         self._size = 0
         self.bytes = 0

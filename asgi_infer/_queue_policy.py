@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -66,4 +66,5 @@ def _check(good: bool, name: str, value: Any) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    # Compared and not converted: an integer may be too large for a float.
+    return isinstance(value, Real) and abs(value) <= sys.float_info.max  # type: ignore[operator]

@@ -349,8 +349,10 @@ class Scheduler:
 
     @property
     def overloaded(self) -> bool:
-        """Whether the queue has stood for too long. To be read likewise."""
-        return self._overload.active
+        """Whether the queue has stood for too long. To be read under the lock."""
+        # Where nothing comes any more nothing ends it: who asks must not wait for that.
+        ended = not self._queue and self._overload.short(self.clock())
+        return self._overload.active and not ended
 
     # -- under the lock: what runs next --------------------------------------------------------
 
@@ -379,16 +381,16 @@ class Scheduler:
         """Who is next: of the queue, or of the streams that let others run in between."""
         suspended = self._suspended
         if suspended:
-            for stream in suspended.stalled(now):
-                self.leave(stream, Departure.EXPIRED, _refusals.stalled)
+            self._end_stalled(now)
         call = self._queue.first()
+        if call is None:
+            self._overload.empty()
         self._look_again = math.inf
         if suspended.ready and (self._stream_next or call is None):
             self._stream_next = False
             return suspended.next()
         self._stream_next = True
         if call is None:
-            self._overload.empty()
             self._look_again = suspended.next_stall if suspended else math.inf
         elif call.deadline is not None:
             self._overload.note(_share_waited(call, call.deadline, now), now)
@@ -397,6 +399,10 @@ class Scheduler:
         if type(call) is BatchCall and call.function.max_delay and self._hold(call, now):
             return None
         return call
+
+    def _end_stalled(self, now: float) -> None:
+        for stream in self._suspended.stalled(now):
+            self.leave(stream, Departure.EXPIRED, _refusals.stalled)
 
     def _newest(self, call: Call) -> Call:
         newest = self._queue.newest()
@@ -498,6 +504,9 @@ class Scheduler:
         self._drop(expired, Departure.EXPIRED, self._deadline_exceeded)
         if not self._overload.active or self._policy.overload != "newest":
             return expired
+        left = math.inf if call.deadline is None else call.deadline - call.arrived
+        if self._too_late(call, left, self._predicted_wait(call)) is not None:
+            return expired  # nobody makes room for who is refused
         oldest: list[Call] = []
         for other in sorted(self._queue, key=lambda other: other.arrived):
             if not self._queue.too_small_for(call):

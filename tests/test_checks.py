@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from decimal import Decimal
@@ -213,10 +214,17 @@ def test_grace_refuses_all_else(value: Any) -> None:
         check_grace(value)
 
 
-@pytest.mark.parametrize("value", [0, -5, 10**30, True])
+@pytest.mark.parametrize("value", [0, -5, sys.maxsize, True])
 def test_priority_accepts_integers(value: int) -> None:
     """Any integer is a priority."""
     assert check_priority(value) == value
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), 10**400])
+def test_priority_is_no_larger_than_seconds_can_be(value: int) -> None:
+    """The queue makes seconds of it: one too large for a float would end the thread."""
+    with pytest.raises(ValueError, match="priority must be from -9223372036854775807 to"):
+        check_priority(value)
 
 
 @pytest.mark.parametrize("value", [None, 0.0, 1.5, math.nan, "high", (1,)])

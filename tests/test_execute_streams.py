@@ -700,3 +700,21 @@ def test_books() -> None:
     """After every step of any history the books balance, and in the end everything has ended."""
     settings = hypothesis.settings(max_examples=40, stateful_step_count=30, deadline=None)
     run_state_machine_as_test(Books, settings=settings)
+
+
+def test_an_open_stream_hides_no_empty_queue(bench: StreamBench) -> None:
+    """Two calls that waited for long, with an empty queue in between, make no queue that stands,
+    also where a stream has its turns all the while."""
+    current: Call | None = bench.start(taking(bench, *[1.0] * 20), interleave=True)
+    for _ in range(2):
+        bench.scheduler.admit(make_call(deadline=bench.now + 2))
+        for _ in range(6):
+            if isinstance(current, StreamCall):
+                current = bench.step(current)
+            elif current is not None:
+                current = bench.scheduler.finish(current, None, None)
+    assert not bench.scheduler.overloaded
+    assert bench.counters.completed == 2
+    bench.scheduler.send_away(bench.scheduler.under_way(), stopped)
+    if isinstance(current, StreamCall):
+        bench.step(current)

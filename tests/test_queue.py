@@ -313,3 +313,12 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueueMachine = QueueMachine.TestCase
+
+
+def test_ageing_of_any_size() -> None:
+    """An ageing that is a huge integer makes the order of two priorities strict, and no error."""
+    queue = CallQueue(2, ageing=10**308)
+    low, high = make_call(priority=100), make_call(priority=0, arrived=5.0)
+    queue.push(low)
+    queue.push(high)
+    assert queue.first() is high

@@ -38,7 +38,7 @@ def test_accepted(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "wanted"),
     [
-        ("ageing", [-1, math.nan, math.inf, "1"], "a number of seconds, 0 or more"),
+        ("ageing", [-1, math.nan, math.inf, 10**400, "1"], "a number of seconds, 0 or more"),
         ("target", [0, -0.5, 1.01, math.nan, None], "a share of a call's time"),
         ("interval", [-0.1, math.inf, []], "a number of seconds, 0 or more"),
         ("overload", ["drop", None, 1], "'shed', 'newest' or 'wait'"),

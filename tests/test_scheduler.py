@@ -606,6 +606,32 @@ def test_waiting_is_a_policy_too(clock: Clock) -> None:
     assert desk.scheduler.finish(first, None, None) is second
 
 
+def test_an_idle_runner_is_not_overloaded(clock: Clock) -> None:
+    """Where nothing comes any more nothing ends it. Who keeps clients away for as long as
+    ``overloaded`` says so would do so for ever."""
+    desk = standing(clock)
+    running = desk.scheduler.current()
+    assert running is not None
+    desk.scheduler.finish(running, None, None)
+    clock.now += 1.9
+    assert desk.scheduler.overloaded
+    clock.now += 0.2
+    assert not desk.scheduler.overloaded
+    desk.admit()
+    assert desk.scheduler.overloaded
+
+
+def test_nobody_makes_room_for_who_is_refused(clock: Clock) -> None:
+    """A call that has too little time anyway pushes nobody out."""
+    desk = standing(clock, NEWEST, max_queue=2)
+    desk.counters.service_time = 4.0
+    old = [desk.admit(deadline=clock.now + TIME) for _ in range(2)]
+    clock.now += 1
+    with pytest.raises(QueueFull, match="2 calls are waiting"):
+        desk.admit(deadline=clock.now + 0.1)
+    assert desk.scheduler.waiting() == old
+
+
 # -- the end -----------------------------------------------------------------------------------
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+from .. import _checks
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -14,12 +19,18 @@ class Batching:
     :param fixed: seconds that a batch takes, whatever its size
     :param each: seconds more for every request in it
     :param max_delay: as of ``Batcher``
+    :raises ValueError: a number makes no sense
     """
 
     max_size: int = 64
     fixed: float = 0.0
     each: float = 0.0
     max_delay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _checks.check_count("max_size", self.max_size)
+        for name in ("fixed", "each", "max_delay"):
+            _checks.check_delay(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,7 @@ class Request:
     :param buffer: as of ``InferenceRunner.stream``, as are the next two
     :param stall_timeout: seconds, or None
     :param interleave: let other calls run between two items
+    :raises ValueError: a number makes no sense
     """
 
     at: float = 0.0
@@ -56,6 +68,17 @@ class Request:
     stall_timeout: float | None = 10.0
     interleave: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("at", "seconds", "pause"):
+            _checks.check_delay(name, getattr(self, name))
+        for name in ("timeout", "patience", "stall_timeout"):
+            if getattr(self, name) is not None:
+                _checks.check_seconds(name, getattr(self, name))
+        for name in ("size", "retries", "items"):
+            _check_number(name, getattr(self, name))
+        _checks.check_priority(self.priority)
+        _checks.check_count("buffer", self.buffer)
+
 
 def burst(request: Request, count: int) -> list[Request]:
     """``count`` requests like ``request``, all at once. With ``retries``: a retry storm."""
@@ -63,7 +86,11 @@ def burst(request: Request, count: int) -> list[Request]:
 
 
 def steady(request: Request, *, rate: float, duration: float) -> list[Request]:
-    """Requests like ``request``, ``rate`` a second, evenly spaced, from its time on."""
+    """Requests like ``request``, ``rate`` a second, evenly spaced, from its time on.
+
+    :raises ValueError: there is no such rate
+    """
+    _check_rate(rate)
     count = round(rate * duration)
     return [replace(request, at=request.at + number / rate) for number in range(count)]
 
@@ -72,7 +99,9 @@ def poisson(request: Request, *, rate: float, duration: float, seed: int = 0) ->
     """Requests like ``request``, ``rate`` a second on average, as independent clients come.
 
     :param seed: the same one gives the same times
+    :raises ValueError: there is no such rate
     """
+    _check_rate(rate)
     generator = random.Random(seed)  # noqa: S311  # no secret
     requests = []
     at = request.at + generator.expovariate(rate)
@@ -80,3 +109,13 @@ def poisson(request: Request, *, rate: float, duration: float, seed: int = 0) ->
         requests.append(replace(request, at=at))
         at += generator.expovariate(rate)
     return requests
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, not {value!r}")
+
+
+def _check_rate(rate: Any) -> None:
+    if not isinstance(rate, Real) or not 0 < rate < math.inf:  # type: ignore[operator]
+        raise ValueError(f"rate must be a number of requests a second, above 0, not {rate!r}")
