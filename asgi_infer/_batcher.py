@@ -64,7 +64,8 @@ class Batcher(Generic[ItemT, ResultT]):
         array (or a tuple or dict) with one axis more, the first. Only items of equal shapes and
         dtypes share a batch. It returns an array, or a tuple or dict of arrays, each with as many
         rows, or a list. Arrays are taken apart as views: the one copy is that of the items
-    :raises TypeError: ``func`` is async or a generator function, or no function
+    :raises TypeError: ``func`` is async or a generator function, or no function; or ``runner`` no
+        runner
     :raises ValueError: a number makes no sense
     """
 
@@ -124,6 +125,10 @@ class Batcher(Generic[ItemT, ResultT]):
         max_delay: float = 0.0,
         stack: bool = False,
     ) -> None:
+        if not isinstance(runner, InferenceRunner):
+            raise TypeError(
+                f"runner must be an InferenceRunner, not {runner!r}: Batcher(runner, func, ...)"
+            )
         _checks.check_func(func)
         _checks.check_plain("func", func)
         _checks.check_plain("func", type(func).__call__)

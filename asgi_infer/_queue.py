@@ -52,7 +52,7 @@ class CallQueue:
     def __init__(
         self, max_size: int, *, max_bytes: int | None = None, ageing: float = 1.0
     ) -> None:
-        self._max_size = max_size
+        self.max_size = max_size
         self._max_bytes = max_bytes
         self._ageing = float(ageing)  # of an integer the products would be any size
         self._lanes: dict[int, _Lane] = {}  # in order of priority
@@ -70,14 +70,30 @@ class CallQueue:
     @property
     def full(self) -> bool:
         """Whether any other call must be refused."""
-        return self._size >= self._max_size
+        return self._size >= self.max_size
 
     def too_small_for(self, call: Call) -> bool:
         """Whether ``call`` must be refused."""
-        if self._size >= self._max_size:
-            return True
-        too_large = self._max_bytes is not None and self.bytes + call.size > self._max_bytes
-        return too_large and self._size > 0
+        return not self._has_room_beside(self._size, self.bytes, call)
+
+    def _has_room_beside(self, size: int, waiting: int, call: Call) -> bool:
+        if size >= self.max_size:
+            return False
+        return not size or self._max_bytes is None or waiting + call.size <= self._max_bytes
+
+    def oldest_that_make_room_for(self, call: Call) -> list[Call]:
+        """Those with time limits that came first, of its priority or a later one, and as many as
+        it takes; none if all of them would not do.
+        """
+        oldest: list[Call] = []
+        size, waiting = self._size, self.bytes
+        for other in sorted(self, key=lambda other: other.arrived):
+            if self._has_room_beside(size, waiting, call):
+                break
+            if other.deadline is not None and other.priority >= call.priority:
+                oldest.append(other)
+                size, waiting = size - 1, waiting - other.size
+        return oldest if self._has_room_beside(size, waiting, call) else []
 
     def push(self, call: Call) -> None:
         """Put ``call`` behind the others of its priority. The owner has asked for room first."""

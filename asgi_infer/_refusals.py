@@ -70,6 +70,15 @@ def queue_full(queued: int, wait: float) -> QueueFull:
     )
 
 
+def too_many_streams(streams: int, wait: float) -> QueueFull:
+    """So many streams stand between two of their items that there is no room for another."""
+    return QueueFull(
+        f"{streams} streams have begun and not ended, as many as max_queue allows; repeat the "
+        f"call later, or raise max_queue",
+        retry_after=retry_after(wait),
+    )
+
+
 def too_many_bytes(size: int, waiting: int, wait: float) -> QueueFull:
     """There is room for another call, and none for its arguments."""
     return QueueFull(

@@ -67,9 +67,10 @@ class Scheduler:
         self._stopped = False
         self._idle = False  # the thread sleeps, or is about to
         self._look_again = math.inf  # when it is to wake up by itself
-        self._call_time = 0.0  # seconds that a call, or a batch, is expected to take
-        self._stream_time = 0.0  # seconds that a stream holds the thread, moving average
-        self._item_time = 0.0  # the same for one item of a stream that lets others run
+        # What is expected of the next one, in seconds:
+        self._call_time = 0.0  # a call that is no batch's
+        self._stream_time = 0.0  # a stream that holds the thread
+        self._item_time = 0.0  # one item of a stream that lets others run
         self._turn_began = 0.0  # when who runs was claimed
         self._stream_next = False  # whose turn it is: a suspended stream's, or the queue's
         self._idle_waiters: list[Future[None]] = []
@@ -96,7 +97,12 @@ class Scheduler:
             self._counters.submitted += 1
             # The usual case is settled here; everything that might refuse is looked at apart.
             queue = self._queue
-            if call.deadline is not None or self._refusal is not None or queue.too_small_for(call):
+            if (
+                call.deadline is not None
+                or self._refusal is not None
+                or queue.too_small_for(call)
+                or type(call) is StreamCall
+            ):
                 dropped, refusal = self._examine(call)
             if refusal is None:
                 queue.push(call)
@@ -242,7 +248,9 @@ class Scheduler:
         """``size`` calls have run together, and taken ``seconds``; None if they have failed."""
         with self._lock:
             if seconds is not None:
-                function.cost.add(size, seconds)
+                # One slow batch among fast ones says little of the next: see expectation().
+                usual = function.cost(size)
+                function.cost.add(size, min(seconds, 4 * usual or seconds))
             sizes = self._counters.batch_sizes
             sizes[size] = sizes.get(size, 0) + 1
 
@@ -470,7 +478,8 @@ class Scheduler:
 
     @property
     def _sheds(self) -> bool:
-        return self._overload.active and self._policy.overload == "shed"
+        # If nobody else waits, nobody is served for it: the thread would stand idle.
+        return self._overload.active and self._policy.overload == "shed" and bool(self._queue)
 
     # -- under the lock: who is let in ---------------------------------------------------------
 
@@ -478,6 +487,9 @@ class Scheduler:
         """What must go to make room for ``call``, and the reason to refuse it, if there is one."""
         if self._refusal is not None:
             return [], self._refusal(_refusals.retry_after(self._predicted_wait(call)))
+        if type(call) is StreamCall and len(self._suspended) >= self._queue.max_size:
+            wait = self._predicted_wait(call)
+            return [], _refusals.too_many_streams(len(self._suspended), wait)
         dropped = self._make_room(call) if self._queue.too_small_for(call) else []
         wait = self._predicted_wait(call)
         if self._queue.full:
@@ -507,13 +519,9 @@ class Scheduler:
         left = math.inf if call.deadline is None else call.deadline - call.arrived
         if self._too_late(call, left, self._predicted_wait(call)) is not None:
             return expired  # nobody makes room for who is refused
-        oldest: list[Call] = []
-        for other in sorted(self._queue, key=lambda other: other.arrived):
-            if not self._queue.too_small_for(call):
-                break
-            if other.deadline is not None and other.priority >= call.priority:
-                self._queue.remove(other)
-                oldest.append(other)
+        oldest = self._queue.oldest_that_make_room_for(call)
+        for other in oldest:
+            self._queue.remove(other)
         self._drop(oldest, Departure.SHED, lambda each: _refusals.shed(each, call.arrived))
         return expired + oldest
 
@@ -568,10 +576,11 @@ class Scheduler:
         counters = self._counters
         if type(call) is StreamCall:
             if not call.interleave:
-                self._stream_time = moving_average(self._stream_time, seconds)
+                self._stream_time = expectation(self._stream_time, seconds)
         else:
             counters.service_time = moving_average(counters.service_time, seconds)
-            self._call_time = expectation(self._call_time, seconds)
+            if type(call) is Call:  # what batches take is learned apart
+                self._call_time = expectation(self._call_time, seconds)
 
     def _drop(self, calls: Iterable[Call], departure: Departure, error: ErrorOf | None) -> None:
         for call in calls:

@@ -618,3 +618,10 @@ def test_naps_lose_no_wake_up() -> None:
     serving.join(LIMIT)
     assert sum(served) == 3000
     assert not scheduler._wake_up.acquire(blocking=False)
+
+
+def test_no_runner() -> None:
+    """The runner comes first, and nothing else will do."""
+    runner: Any = sorted
+    with pytest.raises(TypeError, match=r"Batcher\(runner, func, \.\.\.\)"):
+        Batcher(runner, sorted, max_size=8)

@@ -156,6 +156,23 @@ def test_batch_teaches_what_it_costs(batches: BatchBench) -> None:
     assert batches.function.cost(1) == 3.0
 
 
+def test_one_slow_batch_is_not_expected_again(batches: BatchBench) -> None:
+    """It counts for no more than four usual ones."""
+    seconds = 1.0
+
+    def timed(items: list[int]) -> list[int]:
+        batches.now += seconds
+        return items
+
+    batches.inside = timed
+    for _ in range(10):
+        batches.run(1)
+    seconds = 100.0
+    batches.run(1)
+    assert 1.0 < batches.function.cost(1) < 2.0
+    assert batches.scheduler._call_time == 0.0  # plain calls are expected apart
+
+
 @pytest.mark.parametrize("size", range(1, 18))
 def test_one_bad_item(size: int) -> None:
     """It fails alone, wherever it stands, with its own error, after so many calls at most."""

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from asgi_infer._buffer import StreamCall
 from asgi_infer._call import Call, CallState, Departure, Work, check_cancelled, here
-from asgi_infer._errors import CallFailed, DeadlineExceeded
+from asgi_infer._errors import CallFailed, DeadlineExceeded, QueueFull
 from asgi_infer._execute import step_stream
 from asgi_infer._refusals import stopped
 from asgi_infer._scheduler import Scheduler
@@ -97,6 +97,22 @@ def bench() -> Iterator[StreamBench]:
     here.current_call = bench.scheduler.current
     yield bench
     here.current_call = None
+
+
+def test_open_streams_are_bounded(bench: StreamBench) -> None:
+    """Those between two of their items wait in no queue, and are no more than may wait in one."""
+    bench.scheduler._queue.max_size = 2
+    for _ in range(2):
+        bench.step(bench.start(lambda: iter("abc"), interleave=True, buffer=1))
+    with pytest.raises(QueueFull, match="2 streams have begun and not ended"):
+        bench.start(lambda: iter("abc"), interleave=True)
+    assert bench.counters.rejected == 1
+    for call in bench.scheduler.under_way():
+        bench.scheduler.leave(call, Departure.CANCELLED)
+    following, _ = bench.scheduler.poll()
+    while following is not None:
+        assert isinstance(following, StreamCall)
+        following = bench.step(following)
 
 
 def items(call: StreamCall) -> list[Any]:
