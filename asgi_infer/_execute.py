@@ -24,7 +24,7 @@ from .workers._protocol import LazyResult, OpenWorker, Steps
 
 def run_call(worker: OpenWorker, scheduler: Scheduler, call: Call) -> tuple[Any, Exception | None]:
     """Run the function of ``call``; return its value, or the error."""
-    work = cast("Work", call.work)  # it runs: nobody has let go of it
+    work: Any = call.work  # it is there: nobody lets go of it while it runs
     try:
         return worker.execute(work, call.context), None
     except BaseException as exception:

@@ -47,6 +47,8 @@ class CallQueue:
     :param max_size: calls
     :param max_bytes: of the calls' arguments; one call may be larger if it waits alone
     :param ageing: seconds that one step of priority is worth
+    :ivar size: how many calls there are
+    :ivar bytes: what their arguments hold
     """
 
     def __init__(
@@ -56,11 +58,11 @@ class CallQueue:
         self._max_bytes = max_bytes
         self._ageing = float(ageing)  # of an integer the products would be any size
         self._lanes: dict[int, _Lane] = {}  # in order of priority
-        self._size = 0
+        self.size = 0
         self.bytes = 0
 
     def __len__(self) -> int:
-        return self._size
+        return self.size
 
     def __iter__(self) -> Iterator[Call]:
         """All of them: by priority, then by arrival."""
@@ -70,11 +72,11 @@ class CallQueue:
     @property
     def full(self) -> bool:
         """Whether any other call must be refused."""
-        return self._size >= self.max_size
+        return self.size >= self.max_size
 
     def too_small_for(self, call: Call) -> bool:
         """Whether ``call`` must be refused."""
-        return not self._has_room_beside(self._size, self.bytes, call)
+        return not self._has_room_beside(self.size, self.bytes, call)
 
     def _has_room_beside(self, size: int, waiting: int, call: Call) -> bool:
         if size >= self.max_size:
@@ -86,7 +88,7 @@ class CallQueue:
         it takes; none if all of them would not do.
         """
         oldest: list[Call] = []
-        size, waiting = self._size, self.bytes
+        size, waiting = self.size, self.bytes
         for other in sorted(self, key=lambda other: other.arrived):
             if self._has_room_beside(size, waiting, call):
                 break
@@ -101,7 +103,7 @@ class CallQueue:
         if lane is None:
             lane = self._open_lane(call.priority)
         lane[call] = None
-        self._size += 1
+        self.size += 1
         self.bytes += call.size
         if type(call) is not Call:
             lane.note(call, 1)
@@ -113,7 +115,7 @@ class CallQueue:
         for priority, lane in self._lanes.items():
             if lane:
                 call = next(iter(lane))
-                if self._size == len(lane):
+                if self.size == len(lane):
                     return call  # the usual case: one lane in use
                 turn = call.arrived + priority * self._ageing
                 if first is None or turn < due:
@@ -147,7 +149,7 @@ class CallQueue:
         """Take ``call`` out, wherever it stands."""
         lane = self._lanes[call.priority]
         del lane[call]
-        self._size -= 1
+        self.size -= 1
         self.bytes -= call.size
         if type(call) is not Call:
             lane.note(call, -1)
@@ -163,7 +165,7 @@ class CallQueue:
         """Take out everything, in order."""
         calls = list(self)
         self._lanes.clear()
-        self._size = self.bytes = 0
+        self.size = self.bytes = 0
         return calls
 
     def ahead_of(self, priority: int, now: float) -> dict[object, int]:

@@ -100,8 +100,9 @@ class Scheduler:
             if (
                 call.deadline is not None
                 or self._refusal is not None
-                or queue.too_small_for(call)
+                or queue.size >= queue.max_size
                 or type(call) is StreamCall
+                or (self._counts_bytes and queue.too_small_for(call))
             ):
                 dropped, refusal = self._examine(call)
             if refusal is None:
@@ -203,7 +204,7 @@ class Scheduler:
             call = self._claim(self.clock())
             if call is None:
                 self._notify_if_idle()
-                over = self._stopped and not self._suspended
+                over = self._stopped and not self._suspended.count
                 self._idle = sleep and not over
                 return None, over
         return call, False
@@ -216,7 +217,14 @@ class Scheduler:
         call.ended = ended = self.clock()
         with self._lock:
             awaited = self._close(call, value, error)
-            self._note_time(call, ended - call.started)
+            seconds = ended - call.started
+            if type(call) is StreamCall:
+                if not call.interleave:
+                    self._stream_time = expectation(self._stream_time, seconds)
+            else:
+                self._call_time = expectation(self._call_time, seconds)
+                average = self._counters.service_time
+                self._counters.service_time = moving_average(average, seconds)
             self._running = None
             following = self._claim(ended)
         if awaited:
@@ -238,7 +246,8 @@ class Scheduler:
         """All calls of the batch have been settled; returns as ``finish`` does."""
         now = self.clock()  # the leader may have been settled long before the last one
         with self._lock:
-            self._note_time(leader, now - leader.started)
+            average = self._counters.service_time
+            self._counters.service_time = moving_average(average, now - leader.started)
             leader.members = leader.together = ()  # each would keep all the others alive
             self._running = None
             following = self._claim(now)
@@ -372,34 +381,31 @@ class Scheduler:
             self._running = call
             return call
         self._queue.remove(call)
-        if self._drop_if_late(call, now):
+        if call.deadline is not None and self._drop_if_late(call, call.deadline, now):
             return call
-        self._begin(call, now)
+        call.state = CallState.RUNNING
+        call.started = now
+        self._counters.running += 1
         self._running = call
         if type(call) is BatchCall:
             self._gather(call, now)
         return call
 
-    def _begin(self, call: Call, now: float) -> None:
-        call.state = CallState.RUNNING
-        call.started = now
-        self._counters.running += 1
-
     def _next(self, now: float) -> Call | None:
         """Who is next: of the queue, or of the streams that let others run in between."""
         suspended = self._suspended
-        if suspended:
+        if suspended.count:
             self._end_stalled(now)
         call = self._queue.first()
         if call is None:
             self._overload.empty()
         self._look_again = math.inf
-        if suspended.ready and (self._stream_next or call is None):
+        if suspended.count and suspended.ready and (self._stream_next or call is None):
             self._stream_next = False
             return suspended.next()
         self._stream_next = True
         if call is None:
-            self._look_again = suspended.next_stall if suspended else math.inf
+            self._look_again = suspended.next_stall if suspended.count else math.inf
         elif call.deadline is not None:
             self._overload.note(_share_waited(call, call.deadline, now), now)
             if self._overload.active and self._policy.overload == "newest":
@@ -453,7 +459,9 @@ class Scheduler:
         leader.members = members
         for call in members[1:]:
             self._queue.remove(call)
-            self._begin(call, now)
+            call.state = CallState.RUNNING
+            call.started = now
+        self._counters.running += len(members) - 1
 
     def _mates(self, leader: BatchCall) -> Iterator[BatchCall]:
         """Those of the queue that may join the batch, in the order of their turns."""
@@ -464,13 +472,11 @@ class Scheduler:
             if type(call) is BatchCall and call.group == leader.group:
                 yield call
 
-    def _drop_if_late(self, call: Call, now: float) -> bool:
-        if call.deadline is None:
-            return False
-        if now >= call.deadline:
+    def _drop_if_late(self, call: Call, deadline: float, now: float) -> bool:
+        if now >= deadline:
             # Even if the thread is free in the very tick of the deadline: too late.
             self._drop([call], Departure.EXPIRED, self._deadline_exceeded)
-        elif self._sheds and _share_waited(call, call.deadline, now) > self._policy.target:
+        elif self._sheds and _share_waited(call, deadline, now) > self._policy.target:
             self._drop([call], Departure.SHED, lambda each: _refusals.shed(each, now))
         else:
             return False
@@ -487,9 +493,9 @@ class Scheduler:
         """What must go to make room for ``call``, and the reason to refuse it, if there is one."""
         if self._refusal is not None:
             return [], self._refusal(_refusals.retry_after(self._predicted_wait(call)))
-        if type(call) is StreamCall and len(self._suspended) >= self._queue.max_size:
+        if type(call) is StreamCall and self._suspended.count >= self._queue.max_size:
             wait = self._predicted_wait(call)
-            return [], _refusals.too_many_streams(len(self._suspended), wait)
+            return [], _refusals.too_many_streams(self._suspended.count, wait)
         dropped = self._make_room(call) if self._queue.too_small_for(call) else []
         wait = self._predicted_wait(call)
         if self._queue.full:
@@ -572,16 +578,6 @@ class Scheduler:
             counters.failed += 1
         return True
 
-    def _note_time(self, call: Call, seconds: float) -> None:
-        counters = self._counters
-        if type(call) is StreamCall:
-            if not call.interleave:
-                self._stream_time = expectation(self._stream_time, seconds)
-        else:
-            counters.service_time = moving_average(counters.service_time, seconds)
-            if type(call) is Call:  # what batches take is learned apart
-                self._call_time = expectation(self._call_time, seconds)
-
     def _drop(self, calls: Iterable[Call], departure: Departure, error: ErrorOf | None) -> None:
         for call in calls:
             call.error = None if error is None else error(call)
@@ -610,7 +606,7 @@ class Scheduler:
         return _refusals.deadline_exceeded(call, self.clock())
 
     def _notify_if_idle(self) -> None:
-        if self._idle_waiters and not (self._running or self._queue or self._suspended):
+        if self._idle_waiters and not (self._running or self._queue or self._suspended.count):
             waiters, self._idle_waiters = self._idle_waiters, []
             for future in waiters:
                 future.set_result(None)

@@ -124,6 +124,8 @@ def expectation(expected: float, value: float) -> float:
     to expect too much is worse than too little, since calls are refused for it, and calls that
     are refused teach nothing.
     """
-    if 0 < value < expected / 2:
+    if not expected:
+        return value
+    if value < expected / 2:
         return (expected + value) / 2
-    return moving_average(expected, min(value, 4 * expected or value))
+    return expected + 0.125 * (min(value, 4 * expected) - expected)

@@ -12,14 +12,14 @@ class Suspended:
     """Those that are ready for their next turn, in order, and those whose buffers are full.
 
     No lock and no clock of its own; the scheduler brings both.
+
+    :ivar count: how many there are
     """
 
     def __init__(self) -> None:
         self._ready: deque[StreamCall] = deque()
         self._parked: dict[StreamCall, float] = {}  # and for how long they may be
-
-    def __len__(self) -> int:
-        return len(self._ready) + len(self._parked)
+        self.count = 0  # kept, since it is asked for at every call
 
     @property
     def ready(self) -> bool:
@@ -32,6 +32,7 @@ class Suspended:
 
     def add(self, call: StreamCall, now: float) -> None:
         """``call`` has had its turn."""
+        self.count += 1
         call.parked = True
         # In this order: a consumer that makes room after the question finds the flag.
         if call.buffer.full:
@@ -51,6 +52,7 @@ class Suspended:
 
     def next(self) -> StreamCall:
         """The one whose turn it is."""
+        self.count -= 1
         return self._ready.popleft()
 
     def stalled(self, now: float) -> list[StreamCall]:

@@ -36,7 +36,7 @@ def turns(suspended: Suspended) -> list[StreamCall]:
 
 def test_nobody(suspended: Suspended) -> None:
     """Without streams there is no turn, and no time to look again."""
-    assert (len(suspended), suspended.ready, suspended.calls()) == (0, False, [])
+    assert (suspended.count, suspended.ready, suspended.calls()) == (0, False, [])
     assert suspended.next_stall == math.inf
     assert suspended.stalled(1e9) == []
 
@@ -52,14 +52,14 @@ def test_turns(suspended: Suspended) -> None:
     assert first is calls[0]
     suspended.add(first, 0.0)
     assert turns(suspended) == [*calls[1:], first]
-    assert len(suspended) == 0
+    assert suspended.count == 0
 
 
 def test_parked(suspended: Suspended) -> None:
     """One whose buffer is full has no turn until it is resumed, and is resumed once."""
     call = full()
     suspended.add(call, 0.0)
-    assert (call.parked, suspended.ready, len(suspended)) == (True, False, 1)
+    assert (call.parked, suspended.ready, suspended.count) == (True, False, 1)
     assert suspended.calls() == [call]
     assert suspended.resume(call)
     assert not call.parked

@@ -111,9 +111,9 @@ class FullQueue(CallQueue):
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self._size = size
+        self.size = size
 
     def ahead_of(self, priority: int, now: float) -> dict[object, int]:
         """All of them."""
         del priority, now
-        return {None: self._size}
+        return {None: self.size}
