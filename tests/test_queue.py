@@ -6,6 +6,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given
@@ -322,3 +323,6 @@ def test_ageing_of_any_size() -> None:
     queue.push(low)
     queue.push(high)
     assert queue.first() is high
+
+
+TestQueueMachine.settings = hypothesis.settings(max_examples=40)

@@ -511,7 +511,7 @@ def test_ten_thousand_calls_and_room_for_sixty_four(gate: Gate) -> None:
 
 
 def test_retry_after_is_computed(gate: Gate) -> None:
-    """``Retry-After`` grows with the calls ahead and their service time, give or take a fifth."""
+    """``Retry-After`` is what the calls ahead will take, or up to half of it and 3 s more."""
     with InferenceRunner[None](max_queue=10) as runner:
         runner.submit(time.sleep, 0.5).result()
         fill(runner, gate, 10)
@@ -522,7 +522,7 @@ def test_retry_after_is_computed(gate: Gate) -> None:
             waits.append(caught.value.retry_after or 0.0)
             assert caught.value.headers == {"Retry-After": str(math.ceil(waits[-1]))}
         gate.release.set()
-    assert all(0.8 * 5 <= wait <= 1.2 * 5.8 for wait in waits)  # ten calls of half a second
+    assert all(5 <= wait <= 1.5 * 5.8 + 3 for wait in waits)  # ten calls of half a second
     assert len(set(waits)) > 1
 
 
@@ -534,7 +534,7 @@ async def test_priorities(runner: InferenceRunner[None], gate: Gate) -> None:
     async def call(priority: int, number: int) -> None:
         await runner.run(order.append, (priority, number), priority=priority)
 
-    arrivals = [(priority, number) for number in range(3) for priority in (5, 0, -5, 10**30)]
+    arrivals = [(priority, number) for number in range(3) for priority in (5, 0, -5, 10**9)]
     async with anyio.create_task_group() as group:
         group.start_soon(runner.run, gate, None)
         await gate.entered_async()
