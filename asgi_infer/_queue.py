@@ -136,14 +136,7 @@ class CallQueue:
 
     def newest(self) -> Call | None:
         """The one that came last, of the lowest priority number in use; None if there is none."""
-        return next((next(reversed(lane)) for lane in self._lanes.values() if lane), None)
-
-    def pop(self) -> Call | None:
-        """Take the next call; None if there is none."""
-        call = self.first()
-        if call is not None:
-            self.remove(call)
-        return call
+        return next(self.newest_first(), None)
 
     def remove(self, call: Call) -> None:
         """Take ``call`` out, wherever it stands."""
