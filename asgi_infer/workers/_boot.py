@@ -177,7 +177,7 @@ def leave_signals_to_parent() -> None:
     ignored = (signal.SIGINT, signal.SIGTERM)
     for each in ignored:
         signal.signal(each, nothing)
-        signal.siginterrupt(each, False)  # noqa: FBT003
+        signal.siginterrupt(each, False)
     os.register_at_fork(after_in_child=as_usual)
 
 
@@ -232,7 +232,7 @@ def run(setup: Setup) -> None:
     blocked = {signal.SIGINT, signal.SIGTERM, setup["dump_signal"]}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     for fd in setup["fds"] + setup["lifeline"]:
-        os.set_inheritable(fd, False)  # noqa: FBT003  # not for what the model starts in turn
+        os.set_inheritable(fd, False)  # not for what the model starts in turn
     sys.argv = setup["argv"]
     parent_main = setup["main"]
     resolve(setup["target"])(*setup["fds"])

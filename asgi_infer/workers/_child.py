@@ -99,7 +99,7 @@ class Child:
             for fd in writer:
                 until_started.callback(os.close, fd)
             setup = _boot.Setup(
-                path=[each for each in sys.path if isinstance(each, str)],
+                path=[str(each) for each in sys.path],
                 argv=[str(each) for each in sys.argv],
                 main=main_module_name(),
                 parent=os.getpid() if bound else 0,
@@ -239,7 +239,7 @@ class Child:
     @staticmethod
     def _unblocked(file: object) -> FileIO:
         pipe = cast("FileIO", file)
-        os.set_blocking(pipe.fileno(), False)  # noqa: FBT003
+        os.set_blocking(pipe.fileno(), False)
         return pipe
 
 
@@ -312,7 +312,7 @@ def _spawn(name: str, setup: _boot.Setup) -> subprocess.Popen[bytes]:
             "frozen. Keep the model on a thread (ThreadWorker)"
         )
     with _memory_file() as file, _signals_blocked():
-        file.write(marshal.dumps(setup))
+        file.write(marshal.dumps(dict(setup)))
         file.flush()
         file.seek(0)
         # The name at the end is for those who look at ps.
