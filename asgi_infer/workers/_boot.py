@@ -21,6 +21,9 @@ PACKAGES = ("asgi_infer", "asgi_infer.workers")
 MAIN = "__mp_main__"
 """What the parent's main module is called in a child, as multiprocessing calls it."""
 
+in_child = False
+"""Whether this process was started by this file."""
+
 parent_main: str | None = None
 """The main module of the parent: an absolute path, or a name; None if it is no file."""
 
@@ -205,7 +208,7 @@ def resolve(target: str) -> Callable[..., object]:
 def _prctl(option: int, value: int) -> None:
     import ctypes
 
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    ctypes.CDLL(None).prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0)))
 
 
 def _line_buffer_c() -> None:
@@ -221,7 +224,7 @@ def _line_buffer_c() -> None:
 
 def run(setup: Setup) -> None:
     """Set this process up, and call the target."""
-    global parent_main
+    global in_child, parent_main
     import signal
 
     if setup["parent"]:
@@ -234,7 +237,7 @@ def run(setup: Setup) -> None:
     for fd in setup["fds"] + setup["lifeline"]:
         os.set_inheritable(fd, False)  # not for what the model starts in turn
     sys.argv = setup["argv"]
-    parent_main = setup["main"]
+    in_child, parent_main = True, setup["main"]
     resolve(setup["target"])(*setup["fds"])
 
 
@@ -250,5 +253,5 @@ def _start() -> None:
     resolve("asgi_infer.workers._boot:run")(setup)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no cover  # in another process, which isn't measured
     _start()

@@ -280,9 +280,9 @@ def has_pidfd() -> bool:
 
 def main_module_name() -> str | None:
     """What a child can import this program's main module by. See ``_boot.parent_main``."""
+    if _boot.in_child:
+        return _boot.parent_main
     main = sys.modules["__main__"]
-    if sys.modules.get(_boot.MAIN) is main and _boot.parent_main:
-        return _boot.parent_main  # a child itself
     path = getattr(main, "__file__", None)
     name = getattr(getattr(main, "__spec__", None), "name", None)
     if name is not None and name != "__main__":

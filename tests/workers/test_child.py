@@ -149,7 +149,8 @@ def test_prints_reach_the_log(steady: Obedient, caplog: pytest.LogCaptureFixture
     steady.ask("print('two', file=sys.stderr)")
     steady.ask("import ctypes; ctypes.CDLL(None).puts(b'three')")
     steady.ask("os.system('echo four')")
-    until_true(lambda: steady.child.pump() or "m-0: four" in caplog.messages)
+    while "m-0: four" not in caplog.messages:
+        steady.listen()
     lines = {(each.levelname, each.getMessage()) for each in caplog.records}
     assert lines >= {("INFO", f"m-0: {word}") for word in ("one", "three", "four")}
     assert ("WARNING", "m-0: two") in lines
@@ -164,7 +165,8 @@ def test_flood(steady: Obedient, caplog: pytest.LogCaptureFixture) -> None:
         steady.listen()
         turns.append(len(caplog.records) - before)
     assert steady.answer() is None
-    until_true(lambda: steady.child.pump() or len(caplog.records) == 3000)
+    while len(caplog.records) < 3000:
+        steady.listen()
     assert max(turns) <= TURN / 100 + 1
 
 
@@ -389,7 +391,7 @@ def test_systems_without(monkeypatch: pytest.MonkeyPatch) -> None:
 SCRIPT = """
 import os, signal, socket, sys
 sys.path.insert(0, {root!r})
-from asgi_infer.workers import _boot
+from tests.workers import lean
 from tests.workers.obedient import Obedient
 from asgi_infer.workers._child import options
 WHAT = "from asgi_infer.workers._child import options; answer = options()"
@@ -407,6 +409,7 @@ def test_dies_with_its_parent(tmp_path: Path) -> None:
     script.write_text(
         "import os, signal, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.workers import lean\n"
         "from asgi_infer.workers._child import Child\n"
         "from tests.workers.obedient import TARGET\n"
         "for fd, bound in zip(map(int, sys.argv[1:]), (True, False)):\n"
@@ -464,9 +467,7 @@ def test_main_module_name(
 
 def test_main_module_name_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child's own children get that of the first parent."""
-    main = ModuleType(_boot.MAIN)
-    monkeypatch.setattr(_boot, "parent_main", "pkg.mod")
-    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(_boot, "in_child", True)
     assert _child.main_module_name() is None
-    monkeypatch.setitem(sys.modules, _boot.MAIN, main)
+    monkeypatch.setattr(_boot, "parent_main", "pkg.mod")
     assert _child.main_module_name() == "pkg.mod"
