@@ -14,5 +14,4 @@ if "asgi_infer" not in sys.modules:
     assert spec.loader is not None
     boot = module_from_spec(spec)
     spec.loader.exec_module(boot)
-    for name in boot.PACKAGES:
-        boot.make_lazy(name)
+    boot.make_ourselves_lazy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
-import io
+import importlib
 import marshal
 import os
 import signal
@@ -205,15 +205,23 @@ def test_script_from_stdin(scripts: dict[str, tuple[str, str]]) -> None:
 # -- lazy packages -----------------------------------------------------------------------------
 
 
-def test_lazy_package(write: Write) -> None:
+@pytest.fixture
+def lazy(write: Write, tmp_path: Path) -> Callable[[str], Any]:
+    """Makes a package that was written lazy."""
+
+    def make(name: str) -> Any:
+        _boot.make_lazy(name, tmp_path.joinpath(*name.split(".")))
+        return sys.modules[name]
+
+    return make
+
+
+def test_lazy_package(write: Write, lazy: Callable[[str], Any]) -> None:
     """Its submodules are imported without it; it is run when a public name is asked for."""
     write("lazy_one/__init__.py", "from ._sub import number\nfrom . import _sub\nruns = [number]")
     write("lazy_one/_sub.py", "number = 42")
-    _boot.make_lazy("lazy_one")
-    package = sys.modules["lazy_one"]
-    from lazy_one import _sub  # type: ignore[import-not-found]
-
-    assert _sub.number == 42
+    package = lazy("lazy_one")
+    assert importlib.import_module("lazy_one._sub").number == 42
     assert "runs" not in vars(package)
     with pytest.raises(AttributeError, match="module 'lazy_one' has no attribute '_other'"):
         _ = package._other
@@ -223,36 +231,38 @@ def test_lazy_package(write: Write) -> None:
         _ = package.other
 
 
-def test_lazy_package_of_a_package(write: Write) -> None:
+def test_lazy_package_of_a_package(write: Write, lazy: Callable[[str], Any]) -> None:
     """Packages inside are attributes of the outer one, as ever; a missing name is an error."""
     write("lazy_two/__init__.py", "outer = 1")
     write("lazy_two/inner/__init__.py", "inner = 2")
-    _boot.make_lazy("lazy_two")
-    _boot.make_lazy("lazy_two.inner")
-    package = sys.modules["lazy_two"]
+    package = lazy("lazy_two")
+    inner = lazy("lazy_two.inner")
     assert "outer" not in vars(package)
-    assert package.inner.inner == 2
-    assert package.outer == 1
+    assert package.inner is inner
     with pytest.raises(AttributeError, match="has no attribute 'missing'"):
-        _ = package.inner.missing
+        _ = inner.missing
+    assert inner.inner == 2
+    assert package.outer == 1
 
 
-def test_lazy_package_that_asks_itself(write: Write) -> None:
+def test_lazy_package_that_asks_itself(write: Write, lazy: Callable[[str], Any]) -> None:
     """A circle of imports is the error that it is anywhere, and not an endless one."""
     write("lazy_three/__init__.py", "from ._sub import number\nlater = 1")
     write("lazy_three/_sub.py", "from lazy_three import later\nnumber = 42")
-    _boot.make_lazy("lazy_three")
-    package = sys.modules["lazy_three"]
+    package = lazy("lazy_three")
     for _ in range(2):
         with pytest.raises(ImportError, match="later"):
             _ = package.number
     assert isinstance(package, _boot.LazyPackage)
 
 
-def test_no_package() -> None:
-    """A path on which the package is not found is said."""
-    with pytest.raises(ModuleNotFoundError, match="no module named 'nowhere_at_all' on"):
-        _boot.make_lazy("nowhere_at_all")
+def test_our_own_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are this package's, wherever sys.path leads."""
+    made: list[tuple[str, Path]] = []
+    monkeypatch.setattr(_boot, "make_lazy", lambda *each: made.append(each))
+    _boot.make_ourselves_lazy()
+    package = ROOT / "asgi_infer"
+    assert made == [("asgi_infer", package), ("asgi_infer.workers", package / "workers")]
 
 
 # -- setting up --------------------------------------------------------------------------------
@@ -309,23 +319,32 @@ def test_signals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("system", ["linux", "darwin"])
 def test_output(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's streams write a line when it is complete, whatever it holds."""
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
-    monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(sys, "stdout", streams[0])
-    monkeypatch.setattr(sys, "stderr", streams[1])
+    """Streams write a line when it is complete, whatever it holds; crashes leave stacks."""
     enabled: list[int] = []
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
     monkeypatch.setattr(faulthandler, "enable", enabled.append)
     try:
         _boot.arrange_output(DUMP_SIGNAL)
+        assert (sys.stdout.fileno(), sys.stderr.fileno()) == (1, 2)
     finally:
         faulthandler.unregister(DUMP_SIGNAL)
     assert enabled == [2]
-    for stream in streams:
-        stream.write("\N{EURO SIGN}\udc80\n")
-        buffer = stream.buffer
-        assert isinstance(buffer, io.BytesIO)
-        assert buffer.getvalue() == "\N{EURO SIGN}\\udc80\n".encode()
+
+
+def test_nobody_reads() -> None:
+    """What prints does not fail when the other end is closed, now or later."""
+    reader, writer = os.pipe()
+    stream = _boot._lines_to(writer)
+    print("\N{EURO SIGN}\udc80", file=stream)
+    assert os.read(reader, 100) == "\N{EURO SIGN}\\udc80\n".encode()
+    os.close(reader)
+    for _ in range(2):
+        print("lost", file=stream)
+    assert os.readlink(f"/proc/self/fd/{writer}") == os.devnull
+    stream.close()
+    os.close(writer)
 
 
 def setup(**changes: Any) -> _boot.Setup:
@@ -384,7 +403,7 @@ def test_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the parent has written is read, and the file closed."""
     given: list[object] = []
-    monkeypatch.setattr(_boot, "make_lazy", given.append)
+    monkeypatch.setattr(_boot, "make_ourselves_lazy", lambda: given.append("lazy"))
     monkeypatch.setattr(_boot, "run", given.append)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     reader, writer = os.pipe()
@@ -393,7 +412,7 @@ def test_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     os.close(writer)
     monkeypatch.setattr(sys, "argv", ["_boot.py", str(reader), "m-0"])
     _boot._start()
-    assert given == ["asgi_infer", "asgi_infer.workers", told]
+    assert given == ["lazy", told]
     assert sys.path[-1] == "/new"
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(reader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -115,6 +116,28 @@ if not pid:
     os._exit(0)
 answer = os.waitpid(pid, 0)[1]"""
     assert steady.ask(forked) == signal.SIGTERM
+
+
+def test_signals_while_it_starts() -> None:
+    """They end nothing before it can deal with them."""
+    with Obedient() as child:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            os.kill(child.child.pid, signum)
+        child.child.dump()
+        assert child.ask("answer = 'here'") == "here"
+
+
+def test_ends_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """One that ends when it is told to, and has a lot to say before: it is listened to."""
+    with Obedient() as child:
+        assert child.ask("answer = 1") == 1
+        assert not child.child.ended()
+        assert not child.child.ended(0.001)
+        child.tell("print('x' * 200_000); fd = None; raise SystemExit")
+        assert child.child.ended(LIMIT)
+        assert child.child.ended()
+        assert child.child.died() == "ended with exit code 0"
+        assert sum(each.count("x") for each in caplog.messages) == 200_000
 
 
 def test_same_interpreter(tmp_path: Path) -> None:
@@ -274,7 +297,7 @@ def test_closes_everything(caplog: pytest.LogCaptureFixture) -> None:
     child.child.kill()
     assert f"m-0: process {pid} was killed and did not end in 0.01 s" in caplog.text
     os.kill(pid, signal.SIGKILL)
-    until_true(lambda: child.child._reap())
+    until_true(lambda: child.child.ended())
     child.__exit__(None, None, None)
 
 
@@ -292,7 +315,7 @@ def test_ends_just_now(monkeypatch: pytest.MonkeyPatch) -> None:
     with Obedient() as child:
         child.child.interrupt()
         os.waitpid(child.child.pid, 0)
-        monkeypatch.setattr(_child, "_readable", lambda fd, seconds: False)
+        monkeypatch.setattr(_child, "_readable", lambda seconds, *fds: False)
         child.child.dump()
 
 
@@ -330,6 +353,19 @@ def test_no_executable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(FileNotFoundError, match=r"cannot start a process for m-0: .*/nowhere"):
         Child(name="m-0")
+
+
+def test_main_by_its_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes back of the main module is found here, as the child calls it. A child leaves
+    that name to its parent's."""
+    monkeypatch.setattr(sys, "executable", "")
+    for in_child in (True, False):
+        monkeypatch.setattr(_boot, "in_child", in_child)
+        monkeypatch.delitem(sys.modules, _boot.MAIN, raising=False)
+        with pytest.raises(RuntimeError):
+            Child(name="m-0")
+        assert (_boot.MAIN in sys.modules) is not in_child
+    assert sys.modules[_boot.MAIN] is sys.modules["__main__"]
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
@@ -433,7 +469,10 @@ def test_dies_with_its_parent(tmp_path: Path) -> None:
         assert parent.stdin is not None
         parent.stdin.close()
         assert parent.wait(LIMIT) == -signal.SIGKILL
-    assert bound.recv(10) == b""
+    with contextlib.suppress(ConnectionResetError):  # if it had not read the last line yet
+        assert bound.recv(10) == b""
+    free.sendall(b'"print(1); print(2)"\n')
+    assert free.recv(10) == b"null\n"  # though nobody reads what it prints
     free.sendall(b'"answer = 2"\n')
     assert free.recv(10) == b"2\n"
     bound.close()
