@@ -210,9 +210,9 @@ class Channel:
             self._sock.sendall(data[sent:])
 
     def _read(self, flags: int) -> None:
-        place = [self._view[self._arrived :]]
+        place = self._view[self._arrived :] if self._arrived else self._view
         try:
-            size, extras, _, _ = self._sock.recvmsg_into(place, _RIGHTS, flags | _CLOEXEC)
+            size, extras, _, _ = self._sock.recvmsg_into([place], _RIGHTS, flags | _CLOEXEC)
         except ConnectionResetError:  # it died with something unread
             size, extras = 0, []
         for _, _, data in extras:
@@ -269,8 +269,8 @@ class Channel:
         layout, inline = Layout(*_LAYOUT.unpack_from(tail)), tail[_LAYOUT.size :]
         if flags & _NEW_SEGMENT:
             descriptor = self._descriptors.popleft() if self._descriptors else None
-            self._mapped.add(layout.index, descriptor, layout.size)
-        lease = self._mapped.lease(layout.index, layout.end)
+            self._mapped.add(layout.segment, descriptor, layout.size)
+        lease = self._mapped.lease(layout.segment, layout.end)
         size = layout.end + len(inline)
         if lease is None:
             return size, partial(_refuse, size)

@@ -48,13 +48,12 @@ class Lease:
     stores one byte, and takes no lock.
     """
 
-    __slots__ = ("_kept", "_pid", "end", "memory")
+    __slots__ = ("_kept", "end", "memory")
 
     def __init__(self, memory: Memory, end: int) -> None:
         self.memory = memory
         self.end = end
         self._kept = False
-        self._pid = os.getpid()
 
     def keep(self) -> None:
         """Leave the segment taken: the other side frees it."""
@@ -73,7 +72,7 @@ class Lease:
 
     def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
         # In a forked process the memory is the same, and the parent's arrays are still alive.
-        if not self._kept and getpid() == self._pid:
+        if not self._kept and getpid() == self.memory.process:
             self.memory.map[0] = 0
 
 
@@ -82,9 +81,10 @@ class Memory:
 
     :ivar map: its bytes
     :ivar address: where they are
+    :ivar process: in which process
     """
 
-    __slots__ = ("address", "map", "size")
+    __slots__ = ("address", "map", "process", "size")
 
     def __init__(self, descriptor: int, size: int) -> None:
         # Python's mmap keeps a duplicate of the descriptor for as long as it lives, and a process
@@ -92,6 +92,7 @@ class Memory:
         # makes the kernel say no where a request is beyond all the memory that there is.
         self.map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.size = size
+        self.process = os.getpid()
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         flags = _MAP_SHARED | _MAP_FIXED
@@ -158,20 +159,13 @@ class Segments:
         :raises MemoryError: there is no room for it
         :raises OSError: there is no file descriptor for it
         """
-        needed, size = size, rounded(size)
-        free = [each for each in self._segments.values() if not each.memory.map[0]]
-        # Not one that is much larger: all of it stays in memory while any array of it is alive.
-        fitting = [each for each in free if size <= each.memory.size <= 2 * size]
-        if fitting:
-            segment = min(fitting, key=lambda each: each.memory.size)
-            free.remove(segment)
-        else:
-            segment = self._make(size)
+        segment = self._fitting(rounded(size)) or self._make(rounded(size))
+        segment.memory.map[0] = 1
         self._uses += 1
         segment.last_use = self._uses
-        segment.memory.map[0] = 1
-        self._drop_some(free)
-        return segment, Lease(segment.memory, needed)
+        if self._uses % PATIENCE == 0:
+            self._drop_some()
+        return segment, Lease(segment.memory, size)
 
     def forget(self, index: int) -> None:
         """The other side could not map it."""
@@ -183,21 +177,33 @@ class Segments:
             segment.announced()
         self._segments.clear()
 
+    def _fitting(self, size: int) -> Segment | None:
+        """The smallest free one that holds so much."""
+        best = None
+        most = 2 * size  # all of it stays in memory while any array of it is alive
+        for segment in self._segments.values():
+            memory = segment.memory
+            if size <= memory.size <= most and not memory.map[0]:
+                best = segment
+                most = memory.size - 1
+        return best
+
     def _make(self, size: int) -> Segment:
         try:
             segment = Segment(self.made, size)
         except OSError as error:
             raise _explained(error, size) from error
-        self._segments[segment.index] = segment
         self.made += 1
+        self._drop_some()
+        self._segments[segment.index] = segment
         return segment
 
-    def _drop_some(self, free: list[Segment]) -> None:
+    def _drop_some(self) -> None:
         """Give up the free ones that have not been used for long, or are too many."""
+        free = [each for each in self._segments.values() if not each.memory.map[0]]
         free.sort(key=lambda each: each.last_use)
         for position, segment in enumerate(free):
-            spare = len(free) - position
-            if spare > SPARE or self._uses - segment.last_use > PATIENCE:
+            if len(free) - position > SPARE or self._uses - segment.last_use > PATIENCE:
                 del self._segments[segment.index]
                 if segment.descriptor is None:
                     self.dropped.append(segment.index)
