@@ -157,7 +157,7 @@ class Channel:
         if encoded.layout is not None:
             flags += _HAS_LAYOUT
             tail = _LAYOUT.pack(*encoded.layout) + tail
-        dropped, lost = self._segments.dropped, self._mapped.lost
+        dropped, lost = self._segments.tidy(), self._mapped.lost
         if dropped or lost:
             tail = array("I", dropped + lost).tobytes() + tail
         rest = (number, stream, deadline or 0.0, *(used or _NOTHING_USED))
