@@ -122,7 +122,7 @@ class Encoder:
             self._libraries.remove(library)
 
     def _share(self, pieces: _Pieces, sources: list[Source]) -> Encoded:
-        asks_main = any(_MAIN in piece for piece in pieces)
+        asks_main = any(len(piece) < _FRAME and _MAIN in piece for piece in pieces)
         offsets, end = _lay_out(sources)
         sizes = [size for size, _ in sources]
         pieces.append(b"".join(map(_ENTRY.pack, offsets, sizes)))
@@ -182,6 +182,10 @@ def main_here() -> str:
 
 _ENTRY = struct.Struct("<QQ")  # offset and size of a buffer
 _MAIN = b"_main__"  # in __main__, and in __mp_main__, as it is called in a child process
+_FRAME = 3 * 64 * 1024
+"""Bytes of a piece of a stream that has names in it, at most: the pickler cuts it at 64 KiB, after
+something that is smaller than that. What is larger is some byte string or text of the body, which
+would take longer to search than to copy."""
 _MAIN_MODULES = ("__main__", "__mp_main__")
 
 
