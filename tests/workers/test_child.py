@@ -39,7 +39,9 @@ def steady() -> Iterator[Obedient]:
     spawned, over = threading.Event(), threading.Event()
 
     def spawn() -> None:
-        made.append(Obedient())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("PYTHONUNBUFFERED", raising=False)  # it would buffer nothing anyway
+            made.append(Obedient())
         spawned.set()
         over.wait()
 
@@ -258,6 +260,7 @@ def test_exit_and_grandchildren(caplog: pytest.LogCaptureFixture) -> None:
 def test_killed_by_others() -> None:
     """The kernel's kill, when memory runs out, is told from the worker's own."""
     with Obedient() as child:
+        child.child.dump()
         os.kill(child.child.pid, signal.SIGKILL)
         until_true(lambda: bool(select.select([child.child.sentinel], [], [], 0)[0]))
         child.child.kill()
