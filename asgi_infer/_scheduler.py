@@ -108,8 +108,7 @@ class Scheduler:
                 queue.push(call)
                 if type(call) is BatchCall:
                     call.function.arrived(call.arrived)
-                # The last one to fall asleep: its caches are the warmest.
-                idle = self._idle.pop() if self._idle else None
+                idle = self._woken() if self._idle else None
             else:
                 self._counters.rejected += 1
                 idle = None
@@ -177,9 +176,7 @@ class Scheduler:
         with self._lock:
             # One that still waits, or has ended, is not put aside anywhere.
             if call.state is CallState.RUNNING and call.slot.suspended.resume(call):
-                woken = call.slot if call.slot in self._idle else None
-            if woken is not None:
-                self._idle.remove(woken)
+                woken = self._woken(call.slot) if call.slot in self._idle else None
         if woken is not None:
             woken.wake_up.release()
 
@@ -188,7 +185,8 @@ class Scheduler:
     def take(self, slot: Slot | None = None) -> Call | None:
         """Claim the next call, sleeping until there is one; None when it is time to stop.
 
-        None also if the slot's latch lets go for a reason of its own; ``slot.over`` tells.
+        None also if the slot is down, or its latch lets go for a reason of its own;
+        ``slot.over`` tells.
 
         :param slot: the thread's own; by default the first
         """
@@ -198,7 +196,7 @@ class Scheduler:
             if over:
                 return None
             if call is None:
-                if not self._sleep(slot):
+                if slot.down or not self._sleep(slot):
                     return None
             elif call.state is CallState.RUNNING:
                 return call
@@ -214,15 +212,20 @@ class Scheduler:
         :returns: the call, and whether there is none and it is time to stop
         """
         slot = slot or self.slots[0]
+        another: Slot | None = None
         with self._lock:
+            slot.woken = False
             call = self._claim(slot, self.clock())
-            if call is None:
+            if self._idle and self._queue:
+                another = self._pass_on(slot)
+            if call is None and not slot.down:
                 self._notify_if_idle()
                 slot.over = self._stopped and not slot.suspended.count
                 if sleep and not slot.over:
                     self._idle.append(slot)
-                return None, slot.over
-        return call, False
+        if another is not None:
+            another.wake_up.release()
+        return call, call is None and slot.over
 
     def set_down(self, slot: Slot, *, down: bool) -> None:
         """Nothing can run in ``slot`` from now on, or it can again, where a model was lost."""
@@ -427,6 +430,28 @@ class Scheduler:
         # Where nothing comes any more nothing ends it: who asks must not wait for that.
         ended = not self._queue and self._overload.short(self.clock())
         return self._overload.active and not ended
+
+    # -- under the lock: whose turn it is ------------------------------------------------------
+
+    def _woken(self, slot: Slot | None = None) -> Slot:
+        """One that sleeps, which is to be woken; by default the last one to fall asleep."""
+        if slot is None:
+            slot = self._idle.pop()  # its caches are the warmest
+        else:
+            self._idle.remove(slot)
+        slot.woken = True
+        return slot
+
+    def _pass_on(self, slot: Slot) -> Slot | None:
+        """Who else is to be woken, since something still waits when ``slot`` has had its look.
+
+        Who was woken for one call may have taken another, for which somebody held his batch
+        back, or can't take any, because his model has just gone.
+        """
+        leaves_it = slot.running is not None or slot.down
+        if leaves_it and not any(each.woken for each in self.slots):
+            return self._woken()
+        return None
 
     # -- under the lock: what runs next --------------------------------------------------------
 
