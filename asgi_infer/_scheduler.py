@@ -232,6 +232,8 @@ class Scheduler:
         with self._lock:
             slot.down = down
             self._counters.restarts += not down
+            if self._stopped and not down:
+                self._rouse(self._resting)
 
     def take_suspended(self, slot: Slot) -> StreamCall | None:
         """One of the streams that have begun in ``slot``, to be ended: it is down."""
@@ -242,11 +244,16 @@ class Scheduler:
             return slot.running
 
     def rest(self, slot: Slot, seconds: float) -> bool:
-        """Sleep in a slot that is down. False, and sooner, if it is time to stop."""
+        """Sleep in a slot that is down. False, and sooner, if it is time to stop.
+
+        That is as soon as nothing waits any more, or another slot is there for what does.
+        """
         until = self.clock() + seconds
         while True:
             with self._lock:
-                slot.over = self._stopped and not self._queue
+                self._notify_if_idle()
+                others = any(not (each.down or each.over) for each in self.slots)
+                slot.over = self._stopped and (others or not self._queue)
                 left = until - self.clock()
                 if slot.over or left <= 0.0:
                     return not slot.over
@@ -375,11 +382,8 @@ class Scheduler:
         """Let ``take`` return None once nothing waits and nothing has begun."""
         with self._lock:
             self._stopped = True
-            asleep = [*self._idle, *self._resting]
-            self._idle.clear()
-            self._resting.clear()
-        for slot in asleep:
-            slot.wake_up.release()
+            self._rouse(self._idle)
+            self._rouse(self._resting)
 
     def when_idle(self) -> Future[None]:
         """A future that completes when no call waits or runs."""
@@ -452,6 +456,12 @@ class Scheduler:
         if leaves_it and not any(each.woken for each in self.slots):
             return self._woken()
         return None
+
+    def _rouse(self, sleepers: list[Slot]) -> None:
+        """Wake them all, since it may be time to stop."""
+        for slot in sleepers:
+            slot.wake_up.release()
+        sleepers.clear()
 
     # -- under the lock: what runs next --------------------------------------------------------
 
@@ -698,6 +708,8 @@ class Scheduler:
         return _refusals.deadline_exceeded(call, self.clock())
 
     def _notify_if_idle(self) -> None:
+        if self._stopped and not self._queue:
+            self._rouse(self._resting)
         if self._idle_waiters and not (self._queue or self._begun()):
             waiters, self._idle_waiters = self._idle_waiters, []
             for future in waiters:
