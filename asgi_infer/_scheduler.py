@@ -632,11 +632,14 @@ class Scheduler:
     def _predicted_wait(self, call: Call) -> float:
         """Seconds until ``call`` has its turn: the work ahead of it, shared among the slots."""
         slots = [slot for slot in self.slots if not slot.down] or self.slots
-        wait = sum(self._left(slot, call.arrived) for slot in slots)
-        if len(slots) > 1 and not self._queue and any(slot.running is None for slot in slots):
-            return 0.0
+        left = [self._left(slot, call.arrived) for slot in slots]
         if self._overload.active and self._policy.overload == "newest":
-            return wait / len(slots)
+            return min(left)
+        return _shared_out(self._ahead_of(call, slots), left)
+
+    def _ahead_of(self, call: Call, slots: Iterable[Slot]) -> float:
+        """The seconds that those take which wait, and are to run before ``call``."""
+        wait = 0.0
         suspended = any(slot.suspended.ready for slot in slots)
         for group, count in self._queue.ahead_of(call.priority, call.arrived).items():
             if isinstance(group, BatchGroup) and group == call.group:
@@ -647,7 +650,7 @@ class Scheduler:
             wait += self._seconds(group, count)
             if suspended:  # they have a turn after each
                 wait += count * self._item_time
-        return wait / len(slots)
+        return wait
 
     def _left(self, slot: Slot, now: float) -> float:
         """The seconds that who runs in ``slot`` still takes, as far as that can be told."""
@@ -736,6 +739,21 @@ class Scheduler:
         while woken and not slot.wake_up.acquire():  # in the very moment: it is on its way
             continue
         return woken
+
+
+def _shared_out(work: float, left: list[float]) -> float:
+    """When there is a slot for what comes next: seconds.
+
+    As water fills a vessel with steps, ``work`` goes to the slots that are free first.
+
+    :param work: seconds that those ahead take, in one slot after the other
+    :param left: for how long each slot is taken already
+    """
+    level = math.inf
+    for count, seconds in enumerate(sorted(left), start=1):
+        work += seconds
+        level = min(level, work / count)
+    return level
 
 
 def _share_waited(call: Call, deadline: float, now: float) -> float:
