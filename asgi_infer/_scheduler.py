@@ -520,7 +520,8 @@ class Scheduler:
         """Whether to wait for more calls to join the batch that ``call`` would lead."""
         function, waiting = call.function, len(self._queue)
         others = slot.suspended.ready or self._queue.count_of(call.group) < waiting
-        if others or self._stopped or waiting >= function.max_size:
+        # Where another slot is free, the next one need not wait for this batch to end.
+        if others or self._idle or self._stopped or waiting >= function.max_size:
             return False
         until = function.wait_until(waiting, min(each.arrived for each in self._queue))
         deadlines = [each.deadline for each in self._queue if each.deadline is not None]
