@@ -231,9 +231,36 @@ class Scheduler:
         """Nothing can run in ``slot`` from now on, or it can again, where a model was lost."""
         with self._lock:
             slot.down = down
-            self._counters.restarts += not down
-            if self._stopped and not down:
+            if down:
+                return
+            self._counters.restarts += 1
+            slot.broken = False
+            if self._refuses_for_now:
+                self._refusal = None
+                self._refuses_for_now = False
+            if self._stopped:
                 self._rouse(self._resting)
+
+    def set_broken(self, slot: Slot, error: Callable[[object], InferenceError]) -> None:
+        """``slot`` is down for long. If all are, nobody waits for that.
+
+        Those that wait get the error that ``error`` makes, and new calls do until a slot is up
+        again, unless they are refused for good.
+        """
+        dropped: list[Call] = []
+        with self._lock:
+            slot.broken = True
+            if self.broken:
+                if self._refusal is None or self._refuses_for_now:
+                    self._refusal = error
+                    self._refuses_for_now = True
+                dropped = self._drop_all(error)
+        _post(dropped)
+
+    @property
+    def broken(self) -> bool:
+        """Whether that is so of all slots. To be read under the lock, or as a hint."""
+        return all(slot.broken for slot in self.slots)
 
     def take_suspended(self, slot: Slot) -> StreamCall | None:
         """One of the streams that have begun in ``slot``, to be ended: it is down."""
@@ -342,20 +369,6 @@ class Scheduler:
             self._refusal = refusal
             self._refuses_for_now = False
 
-    def refuse_for_now(self, refusal: Refusal) -> None:
-        """The same until ``allow`` is called, unless they are refused for good."""
-        with self._lock:
-            if self._refusal is None or self._refuses_for_now:
-                self._refusal = refusal
-                self._refuses_for_now = True
-
-    def allow(self) -> None:
-        """Take new calls again, if they were refused for now."""
-        with self._lock:
-            if self._refuses_for_now:
-                self._refusal = None
-                self._refuses_for_now = False
-
     def send_away(self, calls: Iterable[Call], error: ErrorOf) -> None:
         """Cancel those of ``calls`` that have not ended; each caller gets an error of its own."""
         for call in calls:
@@ -365,9 +378,7 @@ class Scheduler:
     def drop_queued(self, error: ErrorOf) -> None:
         """Cancel everything that waits; each caller gets an error of its own."""
         with self._lock:
-            dropped = self._queue.clear()
-            self._drop(dropped, Departure.CANCELLED, error)
-            self._notify_if_idle()
+            dropped = self._drop_all(error)
         _post(dropped)
 
     def abandon_running(self, error: ErrorOf) -> str | None:
@@ -687,6 +698,12 @@ class Scheduler:
         else:
             counters.failed += 1
         return True
+
+    def _drop_all(self, error: ErrorOf) -> list[Call]:
+        dropped = self._queue.clear()
+        self._drop(dropped, Departure.CANCELLED, error)
+        self._notify_if_idle()
+        return dropped
 
     def _drop(self, calls: Iterable[Call], departure: Departure, error: ErrorOf | None) -> None:
         for call in calls:

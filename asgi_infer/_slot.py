@@ -39,12 +39,14 @@ class Slot:
     :ivar look_again: when the thread is to wake up by itself
     :ivar over: it is time for its thread to stop
     :ivar down: nothing can run here for now: the worker's model has gone
+    :ivar broken: it has gone too often, and nothing is going to run here for some time
     :ivar woken: its thread was woken for a call, and has not come to look for one yet
     :ivar wake_up: what the thread sleeps on; set before it takes its first call
     :ivar notice: called with who runs here when its caller has left; set likewise
     """
 
     __slots__ = (
+        "broken",
         "down",
         "look_again",
         "notice",
@@ -67,6 +69,7 @@ class Slot:
         self.look_again = math.inf
         self.over = False
         self.down = False
+        self.broken = False
         self.woken = False
         self.wake_up: Latch = threading.Lock()
         self.wake_up.acquire()

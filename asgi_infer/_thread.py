@@ -67,11 +67,10 @@ class InferenceThread:
         self._stopping = False  # only ever set; by whoever stops the thread
         self._usage = usage
         self._home = home
-        self._lock = threading.Lock()  # guards these four:
+        self._lock = threading.Lock()  # guards these three:
         self._failed = False  # one of the replicas did not load
         self._loading = len(self._replicas)
         self._alive = len(self._replicas)
-        self._broken: set[Slot] = set()
         self._threads = [
             threading.Thread(target=self._main, args=each, name=spec.name, daemon=True)
             for each in zip(scheduler.slots, self._replicas, strict=True)
@@ -104,7 +103,7 @@ class InferenceThread:
             return "closed"
         if self._stopping:
             return "draining"
-        if self._all_broken:
+        if self.scheduler.broken:
             return "broken"
         return "ready" if self.ready.done() else "loading"
 
@@ -255,25 +254,13 @@ class InferenceThread:
 
     def _recover(self, slot: Slot, replica: Replica) -> None:
         replica.restarts.recovered()
-        with self._lock:
-            self._broken.discard(slot)
-        self.scheduler.allow()
         self.scheduler.set_down(slot, down=False)
         logger.warning("the model of %r was lost, and has been loaded again", self._spec.name)
-
-    @property
-    def _all_broken(self) -> bool:
-        return len(self._broken) == len(self._replicas)
 
     def _break(self, slot: Slot, seconds: float) -> None:
         """``slot`` takes no calls for ``seconds``. If it was the last that did, nobody does."""
         name, until = self._spec.name, self.scheduler.clock() + seconds
         logger.error("the model of %r crashes again and again: next try in %g s", name, seconds)
-        with self._lock:
-            self._broken.add(slot)
-            nobody = self._all_broken
-        if not nobody:
-            return
 
         def refusal(_: object) -> NotReady:
             left = max(0.0, until - self.scheduler.clock())
@@ -283,8 +270,7 @@ class InferenceThread:
                 retry_after=retry_after(left),
             )
 
-        self.scheduler.refuse_for_now(refusal)
-        self.scheduler.drop_queued(refusal)
+        self.scheduler.set_broken(slot, refusal)
 
     # -- calls ---------------------------------------------------------------------------------
 
