@@ -77,19 +77,20 @@ class InferenceThread:
         ]
 
     def start(self) -> None:
-        """Start the thread. It loads the model and then serves the scheduler's calls.
+        """Start the threads. They load the model and then serve the scheduler's calls.
 
-        :raises RuntimeError: the system, or an interpreter that is ending, starts no threads
+        :raises RuntimeError: the system, or an interpreter that is ending, starts no threads. If
+            it has started some of them, these end, and ``ready`` has the error
         """
         for number, thread in enumerate(self._threads):
             try:
                 thread.start()
             except RuntimeError as error:
+                for replica in self._replicas[number:]:
+                    self._close(replica)
                 if number == 0:
-                    for replica in self._replicas:
-                        replica.close()
                     raise
-                self._fail(error)
+                self._fail(NotReady(f"no thread for its replica {number}: {error}"))
                 for _ in self._threads[number:]:
                     self._ended()
                 return
@@ -147,11 +148,11 @@ class InferenceThread:
             replica.interrupt()
 
     def give_up_on(self, calls: list[Call]) -> bool:
-        """Send the callers of ``calls`` away; if the thread is stuck in one of them, stop.
+        """Send the callers of ``calls`` away; if every thread is stuck in one of them, stop.
 
-        :returns: whether it is
+        :returns: whether that is so
         """
-        stuck = any(slot.current() in calls for slot in self.scheduler.slots)
+        stuck = all(slot.current() in calls for slot in self.scheduler.slots)
         if stuck:
             self.stop_now()
         else:
@@ -226,8 +227,10 @@ class InferenceThread:
             return
         message = f"the model of {self._spec.name!r} did not load: {describe(error)}"
         self.scheduler.refuse(lambda again: NotReady(message, retry_after=again))
-        self.scheduler.drop_queued(lambda _: NotReady(message, retry_after=retry_after(0.0)))
         self.scheduler.stop()
+        for send_away in (self.scheduler.drop_queued, self.scheduler.abandon_running):
+            # Those of other replicas, too, which may run calls already.
+            send_away(lambda _: NotReady(message, retry_after=retry_after(0.0)))
         for replica in self._replicas:
             replica.interrupt()
         self.ready.set_exception(error)
@@ -244,7 +247,7 @@ class InferenceThread:
                 return False
             try:
                 replica.open(partial(self.scheduler.set_down, slot, down=True))
-            except Exception as error:
+            except BaseException as error:  # whatever it is, it is tried again
                 traceback.clear_frames(error.__traceback__)
                 logger.warning(
                     "the model of %r did not load again: %s", self._spec.name, describe(error)
