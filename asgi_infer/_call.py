@@ -72,6 +72,7 @@ class Call:
         "port",
         "priority",
         "size",
+        "slot",
         "started",
         "state",
         "value",
@@ -85,6 +86,7 @@ class Call:
     ended: float
     value: Any
     error: BaseException | None
+    slot: Any  # where it runs, from its start on
 
     def __init__(
         self,
