@@ -33,12 +33,14 @@ from asgi_infer import (
     NotReady,
     QueueFull,
     ReentrantCall,
+    Stream,
 )
 from asgi_infer.workers import ThreadWorker
 from asgi_infer.workers._protocol import Worker
 
 from ..conftest import BACKENDS
 from ..connections import Connection
+from ..gates import LIMIT
 from ..polling import some_turns, until, until_true
 from . import functions
 from .functions import Array, Model, Pair, PlainError
@@ -753,8 +755,9 @@ async def test_items(runner: InferenceRunner[Model], interleave: bool) -> None:
 
 async def test_no_items(runner: InferenceRunner[Model]) -> None:
     """A generator may end at once, and an item may be None."""
-    assert [item async for item in runner.stream(iter, [])] == []
-    assert [item async for item in runner.stream(iter, [None, 0, ""])] == [None, 0, ""]
+    for items in ([], [None, 0, ""]):
+        stream: Stream[Any] = runner.stream(iter, items)
+        assert [item async for item in stream] == items
 
 
 async def test_items_are_made_where_the_model_lives(runner: InferenceRunner[Model]) -> None:
