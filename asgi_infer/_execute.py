@@ -19,10 +19,10 @@ from ._errors import CallCancelled, CallFailed, WorkerCrashed
 from ._model import name_of
 from ._refusals import stalled
 from ._scheduler import Scheduler
-from .workers._protocol import LazyResult, Replica, Steps
+from .workers._protocol import LazyResult, Runs, Steps
 
 
-def run_call(replica: Replica, scheduler: Scheduler, call: Call) -> tuple[Any, Exception | None]:
+def run_call(replica: Runs, scheduler: Scheduler, call: Call) -> tuple[Any, Exception | None]:
     """Run the function of ``call``; return its value, or the error."""
     work: Any = call.work  # it is there: nobody lets go of it while it runs
     try:
@@ -40,7 +40,7 @@ class WrongResults(TypeError):
     """What a batch function returned can't be told apart: no fault of any of the items."""
 
 
-def run_batch(replica: Replica, scheduler: Scheduler, batch: BatchCall) -> None:
+def run_batch(replica: Runs, scheduler: Scheduler, batch: BatchCall) -> None:
     """Run the calls of a batch together, and settle each.
 
     A batch that fails is run again in two halves, and so on, until what fails is alone: of n
@@ -53,7 +53,7 @@ def run_batch(replica: Replica, scheduler: Scheduler, batch: BatchCall) -> None:
 
 
 def _run_part(
-    replica: Replica, scheduler: Scheduler, batch: BatchCall, part: Sequence[BatchCall]
+    replica: Runs, scheduler: Scheduler, batch: BatchCall, part: Sequence[BatchCall]
 ) -> list[Sequence[BatchCall]]:
     """Run some calls of ``batch``, and settle them; return what is to be run again, last first."""
     calls = _still_awaited(scheduler, part)
@@ -94,7 +94,7 @@ def _still_awaited(scheduler: Scheduler, calls: Sequence[BatchCall]) -> Sequence
 
 
 def _run_together(
-    replica: Replica, scheduler: Scheduler, calls: Sequence[BatchCall]
+    replica: Runs, scheduler: Scheduler, calls: Sequence[BatchCall]
 ) -> BaseException | None:
     """Run the function once, and settle ``calls`` if it succeeds; else return the error."""
     function = calls[0].function
@@ -139,7 +139,7 @@ def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException
 # -- streams -----------------------------------------------------------------------------------
 
 
-def step_stream(replica: Replica, scheduler: Scheduler, call: StreamCall) -> Call | None:
+def step_stream(replica: Runs, scheduler: Scheduler, call: StreamCall) -> Call | None:
     """Step a generator until it ends, or once if others may run in between; return who is next."""
     suspends, error = _turn(replica, scheduler, call)
     if suspends:
@@ -151,9 +151,7 @@ def step_stream(replica: Replica, scheduler: Scheduler, call: StreamCall) -> Cal
         del error, closing_error  # their tracebacks refer to this frame
 
 
-def _turn(
-    replica: Replica, scheduler: Scheduler, call: StreamCall
-) -> tuple[bool, Exception | None]:
+def _turn(replica: Runs, scheduler: Scheduler, call: StreamCall) -> tuple[bool, Exception | None]:
     """Step the generator; return whether others may run before the next step, or the error."""
     try:
         if call.steps is None:

@@ -293,7 +293,8 @@ class InferenceThread:
                 native=self._spec.native,
                 usage=self._usage,
                 home=self._home,
-                replica=replica,
+                counted=replica.counted,
+                cpu_time=replica.cpu_time,
                 local=self._local,
             )
             while self._serve_burst(slot, replica, watch):

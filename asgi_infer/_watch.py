@@ -23,7 +23,7 @@ from ._foreign_pools import SLEEPY, ForeignPools
 from ._hints import Hints
 from ._statistics import Usage, moving_average
 from .native import NativePolicy
-from .workers._protocol import Replica
+from .native.procfs import ThreadUsage, thread_usage
 
 logger = logging.getLogger("asgi_infer")
 
@@ -41,8 +41,9 @@ class Watch:
     :param native: what its model runs under
     :param usage: where the figures go
     :param home: the event loop that the runner was started on, if there was one
-    :param replica: what counts for the thread that runs the model
-    :param local: whether that is a thread of this process
+    :param counted: what the system has counted for the thread that runs the model
+    :param cpu_time: seconds of CPU that its process has used
+    :param local: whether that is this one
     :ivar next_look: when to look at a call more closely; never while one is looked at
     :ivar news: what is left to do about the call that has just ended, if anything
     """
@@ -54,14 +55,15 @@ class Watch:
         native: NativePolicy,
         usage: Usage,
         home: Port | None = None,
-        replica: Replica,
+        counted: Callable[[], ThreadUsage] = thread_usage,
+        cpu_time: Callable[[], float] = time.process_time,
         local: bool = True,
     ) -> None:
         self.next_look = 0.0
         self.news: Callable[[], None] | None = None
         self._usage = usage
-        self._counted = replica.counted
-        self._cpu_time = replica.cpu_time
+        self._counted = counted
+        self._cpu_time = cpu_time
         self._local = local
         self._pools = ForeignPools(name, usage, threads=native.thread_count, home=home)
         self._hints = Hints(name, native, usage)

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from .. import _checks
 from .._batch import BatchCall, BatchFunction
@@ -31,7 +31,7 @@ from .._scheduler import Scheduler
 from .._slot import Slot
 from .._stacking import any_item, as_list, results
 from .._statistics import Counters
-from ..workers._protocol import Replica, Steps
+from ..workers._protocol import Steps
 from ._clock import VirtualClock
 from ._load import Batching, Request
 from ._report import Ending, Outcome, Report
@@ -123,7 +123,7 @@ class World:
 
     def run(self) -> Report:
         """Be the inference thread, until nothing is to come."""
-        replica = cast("Replica", _Replica())
+        replica = _Replica()
         while (call := self.scheduler.take()) is not None:
             while call is not None:
                 call = run_turn(replica, self.scheduler, call)

@@ -7,10 +7,10 @@ from .._buffer import StreamCall
 from .._call import Call
 from .._execute import run_batch, run_call, step_stream
 from .._scheduler import Scheduler
-from ..workers._protocol import Replica
+from ..workers._protocol import Runs
 
 
-def run_turn(replica: Replica, scheduler: Scheduler, call: Call) -> Call | None:
+def run_turn(replica: Runs, scheduler: Scheduler, call: Call) -> Call | None:
     """Run what was claimed; return what is claimed next, if anything is."""
     if type(call) is StreamCall:
         return step_stream(replica, scheduler, call)

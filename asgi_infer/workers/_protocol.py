@@ -49,7 +49,19 @@ class Steps(Protocol):
         ...
 
 
-class Replica(Protocol):
+class Runs(Protocol):
+    """What runs calls: all that they need of a replica."""
+
+    def execute(self, work: Work, context: Context, /) -> Any:
+        """Resolve the references in ``work`` and run it in ``context``."""
+        ...
+
+    def iterate(self, work: Work, context: Context, /) -> Steps:
+        """The same for a function that returns a generator; return what steps that."""
+        ...
+
+
+class Replica(Runs, Protocol):
     """One model, wherever it lives. Used by its inference thread alone, but where said so."""
 
     restarts: Restarts
@@ -66,14 +78,6 @@ class Replica(Protocol):
         :param lost: to be called as soon as the model has gone by itself, on this thread
         :raises Exception: what ``load`` or ``warmup`` raises
         """
-        ...
-
-    def execute(self, work: Work, context: Context, /) -> Any:
-        """Resolve the references in ``work`` and run it in ``context``."""
-        ...
-
-    def iterate(self, work: Work, context: Context, /) -> Steps:
-        """The same for a function that returns a generator; return what steps that."""
         ...
 
     def close(self) -> None:
