@@ -15,7 +15,7 @@ from ._suspended import Suspended
 class Latch(Protocol):
     """What a thread sleeps on: a binary semaphore, as a ``threading.Lock`` is one."""
 
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+    def acquire(self, *, timeout: float = -1) -> bool:
         """Sleep until it is released; False if that has not happened in ``timeout`` seconds."""
         ...
 

@@ -87,6 +87,8 @@ class InferenceThread:
                 thread.start()
             except RuntimeError as error:
                 if number == 0:
+                    for replica in self._replicas:
+                        replica.close()
                     raise
                 self._fail(error)
                 for _ in self._threads[number:]:
@@ -112,7 +114,7 @@ class InferenceThread:
         previous = self._previous
         return [self.scheduler] if previous is None else [*previous.schedulers, self.scheduler]
 
-    def runs(self, current: Callable[[], Call | None]) -> bool:
+    def runs(self, current: Callable[[], object]) -> bool:
         """Whether ``here.current_call`` is that of one of its threads, or of an earlier one's."""
         slots = [slot for scheduler in self.schedulers for slot in scheduler.slots]
         return any(current == slot.current for slot in slots)
@@ -186,6 +188,7 @@ class InferenceThread:
             if self._open(slot, replica):
                 self._serve(slot, replica)
         finally:
+            self._close(replica)
             self._ended()
 
     def _ended(self) -> None:
@@ -234,7 +237,7 @@ class InferenceThread:
         """Open the replica again, which was lost; False if it is time to stop before that."""
         while (call := self.scheduler.take_suspended(slot)) is not None:
             step_stream(replica, self.scheduler, call)  # fails: its generator is gone
-        while True:
+        while replica.lost:
             delay = replica.restarts.note()
             if replica.restarts.broken:
                 self._break(slot, delay)
@@ -247,9 +250,8 @@ class InferenceThread:
                 logger.warning(
                     "the model of %r did not load again: %s", self._spec.name, describe(error)
                 )
-            else:
-                self._recover(slot, replica)
-                return True
+        self._recover(slot, replica)
+        return True
 
     def _recover(self, slot: Slot, replica: Replica) -> None:
         replica.restarts.recovered()
@@ -303,8 +305,6 @@ class InferenceThread:
         except BaseException:  # no call's: this very loop failed, and nobody may wait for ever
             self.stop_now()
             raise
-        finally:
-            self._close(replica)
 
     def _close(self, replica: Replica) -> None:
         try:

@@ -68,6 +68,11 @@ class Replica(Runs, Protocol):
     """When to open it again if it is lost."""
 
     @property
+    def lost(self) -> bool:
+        """Whether its model has gone, and it is to be opened again before the next call."""
+        ...
+
+    @property
     def wake_up(self) -> Latch:
         """What its thread sleeps on. One that is not released may let go if the model is lost."""
         ...
@@ -81,7 +86,7 @@ class Replica(Runs, Protocol):
         ...
 
     def close(self) -> None:
-        """Destroy the model where it lives, and undo what ``open`` did."""
+        """Destroy the model where it lives, and undo what ``open`` did, also if that failed."""
         ...
 
     def interrupt(self) -> None:

@@ -60,6 +60,7 @@ class ThreadReplica:
     """A model on the current thread, and the contexts that it runs in."""
 
     restarts = NEVER
+    lost = False
     counted = staticmethod(thread_usage)
     cpu_time = staticmethod(time.process_time)
 
