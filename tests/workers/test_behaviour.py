@@ -278,7 +278,8 @@ async def test_order(runner: InferenceRunner[Model], make: Makers, gate: RemoteG
     await hold(runner, gate)
     async with anyio.create_task_group() as tasks:
         for number, priority in enumerate([1, 0, 1, -1], 1):
-            tasks.start_soon(partial(runner.run, log, number, priority=priority))
+            call: Any = partial(runner.run, log, number, priority=priority)
+            tasks.start_soon(call)
             await queued(runner, number)
         gate.release.set()
     assert log.lines == ["4", "2", "1", "3"]
@@ -323,7 +324,8 @@ async def test_a_missing_attribute(runner: InferenceRunner[Model]) -> None:
 async def test_another_runners_model(runner: InferenceRunner[Model]) -> None:
     """A reference to another runner's model is refused, as function and within an argument."""
     other = InferenceRunner(Model)
-    for work in ((other.model.count,), (functions.apply, other.model.count)):
+    works: list[Any] = [(other.model.count,), (functions.apply, other.model.count)]
+    for work in works:
         with pytest.raises(ValueError, match="belongs to another runner"):
             await runner.run(*work)
     with pytest.raises(ValueError, match="belongs to another runner"):
@@ -422,6 +424,7 @@ async def test_ends_that_are_no_errors(
     error = await raised(runner, functions.end, kind)
     assert type(error) is CallFailed
     cause = error.__cause__
+    assert cause is not None
     assert type(cause) is kind
     assert cause.args == ("the end",)
     assert "in end" in text_of(error)
@@ -671,7 +674,8 @@ class History:
         gate = self.make.gate()
         async with anyio.create_task_group() as tasks:
             scopes = [anyio.CancelScope() for _ in range(self.random.randint(1, 7))]
-            tasks.start_soon(self.see, scopes[0], partial(self.runner.run, gate, None))
+            held: Any = partial(self.runner.run, gate, None)
+            tasks.start_soon(self.see, scopes[0], held)
             await gate.entered.set_async()
             for scope in scopes[1:]:
                 tasks.start_soon(self.see, scope, self.random.choice(self.kinds()))
@@ -682,7 +686,8 @@ class History:
             gate.release.set()
 
     def kinds(self) -> list[Callable[[], Any]]:
-        run, model = self.runner.run, self.runner.model
+        run: Any = self.runner.run
+        model = self.runner.model
         return [
             partial(run, model.count),
             partial(run, functions.fail_plain),
@@ -1141,10 +1146,10 @@ async def test_accepted_calls_end(worker: Worker, make: Makers) -> None:
     """A runner that stops takes no new calls, and lets the accepted ones end."""
     gate = make.gate()
     runner = InferenceRunner(Model, worker=worker)
+    await runner.start()
+    accepted = [runner.submit(gate, 1), runner.submit(functions.echo, 2)]
+    await gate.entered.set_async()
     async with anyio.create_task_group() as tasks:
-        await runner.start()
-        accepted = [runner.submit(gate, 1), runner.submit(functions.echo, 2)]
-        await gate.entered.set_async()
         tasks.start_soon(runner.aclose)
         await until(lambda: runner.statistics().state == "draining")
         with pytest.raises(Draining):

@@ -217,7 +217,7 @@ async def test_idle_with_a_suspended_stream(runner: InferenceRunner[Model], make
 async def test_in_a_batch(runner: InferenceRunner[Model], make: Makers) -> None:
     """Everybody in it is told, and it is not run again in halves; who waits is served."""
     for way in WAYS:
-        gate, found = make.gate(), []
+        gate, found = make.gate(), list[Any]()
         batcher: Batcher[int, int] = Batcher(runner, partial(crashes.die_among, way), max_size=4)
 
         async def call(item: int) -> None:
@@ -342,9 +342,10 @@ async def test_a_process_that_stands_still_while_loading(
 ) -> None:
     """``startup_timeout`` ends it."""
     load = partial(crashes.die_at_load, make.log(), (1,), "freeze")
-    with InferenceRunner(load, worker=make_worker(startup_timeout=0.5)) as runner:
-        with pytest.raises(NotReady, match="startup_timeout"):
-            await runner.start()
+    runner = InferenceRunner(load, worker=make_worker(startup_timeout=0.5))
+    with pytest.raises(NotReady, match="startup_timeout"):
+        await runner.start()
+    await runner.aclose()
 
 
 async def test_a_process_that_stands_still_when_its_runner_stops(
