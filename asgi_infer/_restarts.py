@@ -77,7 +77,8 @@ class Restarts:
             return policy.recover_after
         if len(self._times) == 1:
             return 0.0
-        backoff = min(policy.max_backoff, policy.backoff * 2.0 ** (len(self._times) - 2))
+        doublings = min(1000, len(self._times) - 2)  # a float holds no more than 1023
+        backoff = min(policy.max_backoff, policy.backoff * 2.0**doublings)
         # Replicas that fail together, as when a machine runs out of memory, need not come back so.
         return backoff * random.uniform(0.75, 1.0)  # noqa: S311  # no secret
 
