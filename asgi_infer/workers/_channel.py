@@ -15,23 +15,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from ._codec import INLINE, Encoded, Encoder, Layout, Reducer, decode, main_here
+from ._protocol import Used
 from ._segments import Mapped, Segments
-
-
-class Used(NamedTuple):
-    """What the thread that runs the model has used so far, and its process.
-
-    :ivar switches: voluntary context switches
-    :ivar faults: minor page faults
-    :ivar seconds: of CPU time, of all threads of its process
-    """
-
-    switches: int
-    faults: int
-    seconds: float
 
 
 class Kind(enum.IntEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import struct
@@ -71,6 +72,13 @@ class Encoded:
     def descriptor(self) -> int | None:
         """To be sent along: the other side has not yet mapped the segment."""
         return None if self._segment is None else self._segment.descriptor
+
+    def digest(self) -> bytes:
+        """What tells this body from others, with all that is in it."""
+        digest = hashlib.blake2b(self.inline)
+        if self._lease is not None:
+            digest.update(memoryview(self._lease.memory.map)[HEADER : self._lease.end])
+        return digest.digest()
 
     def sent(self) -> None:
         """The other side frees the segment."""

@@ -76,7 +76,8 @@ def unpack_error(packed: PackedError) -> BaseException:
 
 class _WithoutInit:
     """Pickles an exception whose ``__init__`` does not take its ``args``, so that it is made
-    without a call of that."""
+    without a call of that.
+    """
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
