@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from asgi_infer.workers._channel import Channel
@@ -144,3 +145,8 @@ def note_and_die(log: RemoteLog, survives: int = 10**6) -> int:
     if len(log.lines) < survives:
         die("kill")
     return len(log.lines)
+
+
+def maps() -> str:
+    """What is mapped here."""
+    return Path("/proc/self/maps").read_text()

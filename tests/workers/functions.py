@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextvars
 import ctypes
 import os
@@ -11,16 +9,17 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-from starlette.exceptions import HTTPException
-
-from asgi_infer import CallCancelled, check_cancelled
+from asgi_infer._call import check_cancelled
+from asgi_infer._errors import CallCancelled
 
 from .remote_gates import RemoteEvent, RemoteGate, RemoteLog
 
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:  # numpy takes as long to import as all the rest of a process
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
 
 LIMIT = 10.0
 
@@ -264,15 +263,13 @@ def fail_at_length() -> NoReturn:
 
 
 def fail_for_client() -> NoReturn:
+    from starlette.exceptions import HTTPException
+
     raise HTTPException(status_code=422, detail="no face in it", headers={"X-Faces": "0"})
 
 
 def end(kind: type[BaseException]) -> NoReturn:
     raise kind("the end")
-
-
-NO_ERRORS = (SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
-PASSING = (*NO_ERRORS, concurrent.futures.CancelledError, CallCancelled)
 
 
 # -- held open ---------------------------------------------------------------------------------
@@ -340,6 +337,8 @@ def fail_midway(items: int) -> Iterator[int]:
 
 
 def make_arrays(items: int, size: int) -> Iterator[Array]:
+    import numpy as np
+
     for number in range(items):
         yield np.full(size, float(number))
 

@@ -15,8 +15,6 @@ import termios
 from pathlib import Path
 from typing import Any, TypeVar
 
-import anyio
-
 LIMIT = 10.0  # that of tests.gates, which is not to be imported where models run
 
 T = TypeVar("T")
@@ -59,6 +57,8 @@ class RemoteEvent:
 
     async def set_async(self) -> None:
         """Wait, on any event loop, until it is set; in the test."""
+        import anyio  # not where models run
+
         with anyio.fail_after(LIMIT):
             await anyio.wait_readable(self._fd)
 

@@ -6,6 +6,7 @@ What is not the same everywhere is in the table of the page on workers, and in t
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import random
 import threading
@@ -24,6 +25,7 @@ from starlette.exceptions import HTTPException
 
 from asgi_infer import (
     Batcher,
+    CallCancelled,
     CallFailed,
     ClientDisconnected,
     DeadlineExceeded,
@@ -35,7 +37,7 @@ from asgi_infer import (
     ReentrantCall,
     Stream,
 )
-from asgi_infer.workers import ThreadWorker
+from asgi_infer.workers import ProcessWorker, ThreadWorker
 from asgi_infer.workers._protocol import Worker
 
 from ..conftest import BACKENDS
@@ -43,10 +45,10 @@ from ..connections import Connection
 from ..gates import LIMIT
 from ..polling import some_turns, until, until_true
 from . import functions
-from .functions import Array, Model, Pair, PlainError
+from .functions import Model, Pair, PlainError
 from .remote_gates import Makers, RemoteGate
 
-WORKERS: dict[str, Callable[[], Worker]] = {"thread": ThreadWorker}
+WORKERS: dict[str, Callable[[], Worker]] = {"thread": ThreadWorker, "process": ProcessWorker}
 """What is tested, by name."""
 
 SOON = 0.15
@@ -197,7 +199,7 @@ async def test_values(runner: InferenceRunner[Model], value: Any) -> None:
 
 BASE = np.arange(24_000.0).reshape(40, 20, 30)
 
-ARRAYS: dict[str, Array] = {
+ARRAYS: dict[str, np.ndarray[Any, Any]] = {
     "small": np.arange(6, dtype=np.int16).reshape(2, 3),
     "large": BASE,
     "Fortran": np.asfortranarray(BASE[0]),
@@ -416,7 +418,11 @@ async def test_an_error_for_the_client(runner: InferenceRunner[Model]) -> None:
     assert error.headers == {"X-Faces": "0"}
 
 
-@pytest.mark.parametrize("kind", functions.PASSING, ids=lambda kind: kind.__qualname__)
+NO_ERRORS = (SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
+PASSING = (*NO_ERRORS, concurrent.futures.CancelledError, CallCancelled)
+
+
+@pytest.mark.parametrize("kind", PASSING, ids=lambda kind: kind.__qualname__)
 async def test_ends_that_are_no_errors(
     runner: InferenceRunner[Model], kind: type[BaseException]
 ) -> None:
@@ -909,7 +915,7 @@ async def test_an_error_in_finally(runner: InferenceRunner[Model]) -> None:
     assert await runner.run(functions.echo, 1) == 1
 
 
-@pytest.mark.parametrize("kind", functions.NO_ERRORS[:2], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", NO_ERRORS[:2], ids=lambda kind: kind.__name__)
 async def test_the_end_of_a_generator_that_is_no_error(
     runner: InferenceRunner[Model], kind: type[BaseException]
 ) -> None:
