@@ -349,13 +349,7 @@ class RemoteReplica:
             name = "a call" if call is None else call.name
             raise self._crashed(link, f"while {name} ran", work) from None
         except Overran:
-            self._kill(link)
-            self._lose()
-            raise DeadlineExceeded(
-                f"{'the call' if call is None else call.name} ran for longer than hard_timeout "
-                f"({limit:g} s): its process was killed, and the model is loaded again",
-                started=True,
-            ) from None
+            raise self._overran(link, "a call" if call is None else call.name) from None
         except Interrupted:
             self._lose()
             raise WorkerCrashed("the runner was stopped, and its process with it") from None
@@ -368,6 +362,18 @@ class RemoteReplica:
             self._poison.add(link.channel.encode(work).digest())
         error = self._death(link, when)
         logger.error("%s", error)
+        self._lose()
+        return error
+
+    def _overran(self, link: Link, name: str) -> DeadlineExceeded:
+        error = DeadlineExceeded(
+            f"{name} ran for longer than hard_timeout ({self._worker.hard_timeout:g} s): its "
+            f"process was killed, and the model is loaded again",
+            started=True,
+        )
+        # Before its stacks. Who has called may have left long ago: nobody else would know why.
+        logger.error("%s", error)
+        self._kill(link)
         self._lose()
         return error
 
