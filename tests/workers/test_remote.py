@@ -237,7 +237,7 @@ def test_crash(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     """The call that ran is told how its process ended; the next one runs in another."""
     replica = make(die, echo)
     replica.links[0].last_words = "Fatal: it was me"
-    with pytest.raises(WorkerCrashed, match="SIGTEST while len ran|SIGTEST while a call ran") as e:
+    with pytest.raises(WorkerCrashed, match="SIGTEST while a call ran") as e:
         replica.call(len)
     assert "Fatal: it was me" in e.value.__notes__[0]
     assert (replica.losses, replica.lost) == (1, True)
@@ -347,7 +347,7 @@ def test_poison(make: Make) -> None:
     for _ in range(2):
         with pytest.raises(WorkerCrashed, match="SIGTEST"):
             replica.call(len, bad)
-    with pytest.raises(WorkerCrashed, match="has crashed .* 2 times, and is not run again"):
+    with pytest.raises(WorkerCrashed, match=r"has crashed .* 2 times, and is not run again"):
         replica.call(len, bad.copy())
     assert replica.call(len, good) is None
     assert len(replica.links) == 3
