@@ -160,8 +160,8 @@ class Channel:
         dropped, lost = self._segments.tidy(), self._mapped.lost
         if dropped or lost:
             tail = array("I", dropped + lost).tobytes() + tail
-        rest = (number, stream, deadline or 0.0, *(used or _NOTHING_USED))
-        head = _HEAD.pack(kind, flags, len(dropped), len(lost), len(tail), *rest)
+        details = (number, stream, deadline or 0.0, *(used or _NOTHING_USED))
+        head = _HEAD.pack(kind, flags, len(dropped), len(lost), len(tail), *details)
         self._transmit(head + tail, descriptor)
         dropped.clear()
         lost.clear()
@@ -226,7 +226,7 @@ class Channel:
         """The message at the start of the inbox, if it is complete."""
         if self._arrived < _HEAD.size:
             return None
-        kind, flags, dropped, lost, length, *rest = _HEAD.unpack_from(self._inbox)
+        kind, flags, dropped, lost, length, *details = _HEAD.unpack_from(self._inbox)
         end = _HEAD.size + length
         if kind >= len(_KINDS) or end > _LONGEST:
             raise ValueError(f"this is not the start of a message: {bytes(self._inbox[:16])!r}")
@@ -238,10 +238,13 @@ class Channel:
             self._inbox[: self._arrived] = self._inbox[end : end + self._arrived]
         if dropped or lost:
             tail = self._take_notes(tail, dropped, lost)
+        return self._message(_KINDS[kind], flags, details, tail)
+
+    def _message(self, kind: Kind, flags: int, details: list[Any], tail: bytes) -> Message:
+        number, stream, deadline, *used = details
         size, read = self._body(flags, tail)
-        number, stream, deadline, *used = rest
         return Message(
-            _KINDS[kind],
+            kind,
             number,
             stream,
             deadline if flags & _HAS_DEADLINE else None,
