@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from ._codec import INLINE, Encoded, Encoder, Layout, Reducer, decode, main_here
-from ._segments import Mapped, Segments
+from ._segments import MOST, Mapped, Segments
 
 
 class Used(NamedTuple):
@@ -111,6 +111,7 @@ class Channel:
         dispatch: Mapping[type, Reducer] = MappingProxyType({}),
         main: Callable[[], str] = main_here,
     ) -> None:
+        sock.settimeout(None)  # whatever socket.setdefaulttimeout has made of it
         self._sock = sock
         self._main = main
         self._segments = Segments()
@@ -299,7 +300,7 @@ _NOTHING_USED = Used(0, 0, 0.0)
 # tells. The tail: indices of those segments, the layout, the pickle stream.
 _HEAD = struct.Struct("=BBHHxxIqqdqqd")
 _LAYOUT = struct.Struct("=IQIQQ?")  # as the fields of Layout
-_LONGEST = _HEAD.size + _LAYOUT.size + INLINE + 4 * 2 * 0xFFFF
+_LONGEST = _HEAD.size + 4 * 4 * MOST + _LAYOUT.size + INLINE  # there are not much more than MOST
 
 _HAS_DEADLINE, _HAS_USED, _HAS_LAYOUT, _ASKS_MAIN, _NEW_SEGMENT = (1 << bit for bit in range(5))
 

@@ -129,6 +129,14 @@ def test_largest_inline(ends: Ends) -> None:
     assert np.array_equal(got[1], arrays)
 
 
+def test_default_timeout(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """A time limit that an application sets for all new sockets is none for a channel."""
+    sockets[0].settimeout(0)  # as socket.setdefaulttimeout(0) would
+    Channel(sockets[0])
+    assert sockets[0].gettimeout() is None
+    assert sockets[0].getblocking()
+
+
 # -- without waiting ---------------------------------------------------------------------------
 
 
