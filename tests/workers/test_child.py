@@ -197,7 +197,9 @@ def test_flood(steady: Obedient, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_dump(steady: Obedient, caplog: pytest.LogCaptureFixture) -> None:
     """The stack of the main thread, also while it is in native code."""
-    steady.tell("import ctypes\ndef predict(): libc.usleep(10**5)\nlibc = ctypes.CDLL(None)\npredict()")
+    steady.tell(
+        "import ctypes\ndef predict(): libc.usleep(10**5)\nlibc = ctypes.CDLL(None)\npredict()"
+    )
 
     def seen() -> bool:
         steady.child.dump()
