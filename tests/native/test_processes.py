@@ -13,6 +13,8 @@ import pytest
 
 from asgi_infer.native import processes
 
+from ..polling import until_true
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 # A process with two more threads, one of them with a name; it lives until its input ends.
@@ -146,8 +148,10 @@ def test_server(
 def test_command_of_a_process() -> None:
     """The name that everybody may see; that of a process that has ended is empty."""
     with subprocess.Popen(["sleep", "60"]) as sleeper:
-        assert processes._command(sleeper.pid) == "sleep"
-        sleeper.kill()
+        try:
+            until_true(lambda: processes._command(sleeper.pid) == "sleep")  # set within exec
+        finally:
+            sleeper.kill()
     assert processes._command(2**22 + 1) == ""
 
 
