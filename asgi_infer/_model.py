@@ -49,7 +49,7 @@ class ModelReference:
 
 
 def owner_and_path(reference: ModelReference) -> tuple[object, tuple[str, ...]]:
-    """Whose model ``reference`` is to, and the names that lead from there to what it stands for."""
+    """Whose model ``reference`` is to, and the names that lead on from there."""
     return reference._asgi_infer_owner, reference._asgi_infer_path
 
 

@@ -326,7 +326,7 @@ class _Scheduler(Scheduler):
         if slot in self._idle and slot.look_again == math.inf:
             self.stop()  # nothing is to come any more
         self._idle.clear()
-        slot.wake_up.acquire(blocking=False)
+        slot.wake_up.acquire(timeout=0)
         return True
 
 
