@@ -6,6 +6,7 @@ with a socket. Both are private (mode 0700, owned by the user), and each is lock
     /tmp/asgi_infer-1000/                    the base. Its lock is the *gate*: held for moments
         0f3a9c5be2d14786/                    the lock of this one belongs to the model process
             socket
+            servers                      locked by all servers together (LOCK_SH)
 
 Whoever comes holds the gate and tries the deployment's lock. Who gets it starts the model process
 (a ``Claim``); the others connect to its socket. That is all there is to agree on, because
@@ -18,6 +19,8 @@ Whoever comes holds the gate and tries the deployment's lock. Who gets it starts
 * the last model process removes the files at the gate, and holds that until it is dead. The base
   stays, so that all of them wait at one gate. (Should somebody else remove it, a look at the path
   tells, and the gate is taken anew.)
+* every server has a share of a lock, for as long as it lives, so that one that leaves can tell
+  whether it is the last, and has to end a model process that doesn't end by itself;
 * what processes that were killed have left is removed by the next that starts one.
 
 A directory that is locked is also left alone by systemd's clean-up of /tmp.
@@ -51,13 +54,14 @@ _LONGEST = 107 if sys.platform == "linux" else 103
 
 _OPTIONS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME = re.compile(r"[0-9a-f]{16}")
-_SOCKET = "socket"
+_SOCKET, _SERVERS = "socket", "servers"
 
 
 class Joined(NamedTuple):
     """A connection to the model process, and the right and duty to start it, if there is none."""
 
     sock: socket.socket
+    presence: Presence
     claim: Claim | None
 
 
@@ -112,7 +116,7 @@ class Rendezvous:
             return self._start(lock)
         os.close(lock)
         sock = self._connect()
-        return None if sock is None else Joined(sock, None)
+        return None if sock is None else Joined(sock, Presence(self.directory), None)
 
     def _start(self, lock: int) -> Joined:
         with ExitStack() as stack:
@@ -125,8 +129,9 @@ class Rendezvous:
             sock = self._connect()
             if sock is None:  # pragma: no cover  # it listens, and nobody else is there yet
                 raise ConnectionRefusedError(f"can't connect to {self._address}")
+            presence = Presence(self.directory)
             stack.pop_all()
-        return Joined(sock, Claim(listener, lock))
+        return Joined(sock, presence, Claim(listener, lock))
 
     def _connect(self) -> socket.socket | None:
         with ExitStack() as stack:
@@ -140,6 +145,26 @@ class Rendezvous:
             sock.setblocking(True)
             stack.pop_all()
         return sock
+
+
+class Presence:
+    """A server's share of the lock that all servers of a deployment have. Made at the gate."""
+
+    def __init__(self, directory: Path) -> None:
+        self._base = directory.parent
+        self._fd = os.open(directory / _SERVERS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._fd, fcntl.LOCK_SH)  # nobody has it for himself, but at the gate
+
+    def leave(self, timeout: float = 10.0) -> bool:
+        """Give it back; return whether it was the last. Of several that leave at once, one is.
+
+        :raises TimeoutError: others have held the gate all the time
+        """
+        try:
+            with _gate(self._base, time.monotonic() + timeout):
+                return _try_lock(self._fd)
+        finally:
+            os.close(self._fd)
 
 
 class Claim:
@@ -342,7 +367,8 @@ def _remove_if_dead(directory: Path) -> None:
 
 
 def _remove(directory: Path) -> None:
-    (directory / _SOCKET).unlink(missing_ok=True)
+    for name in (_SOCKET, _SERVERS):
+        (directory / name).unlink(missing_ok=True)
     directory.rmdir()
 
 

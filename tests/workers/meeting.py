@@ -105,15 +105,17 @@ def come_and_go(base: Path, rounds: int, seed: int) -> None:
     chance = random.Random(seed)
     started: list[subprocess.Popen[bytes]] = []
     for _ in range(rounds):
-        sock, claim = Rendezvous(base, NAME).join()
+        sock, presence, claim = Rendezvous(base, NAME).join()
         if claim is not None:
             if chance.random() < 0.1:  # it dies before it has started any
                 claim.close()
                 sock.close()
+                presence.leave()
                 continue
             started.append(start(base, claim))
         with sock:
             stay(sock, chance)
+        presence.leave()
         for process in started:
             process.poll()
 
@@ -151,11 +153,12 @@ def meet_calmly(base: Path) -> None:
     pid = 0
     started = []
     while not pid:  # the last of them may just be ending
-        sock, claim = Rendezvous(base, NAME).join()
+        sock, presence, claim = Rendezvous(base, NAME).join()
         if claim is not None:
             started.append(start(base, claim))
         with sock:
             pid = ask(sock)
+        presence.leave()
     for process in started:
         process.wait()
 

@@ -41,15 +41,17 @@ class Party:
 
     def join(self, name: str = NAME, timeout: float = 10.0) -> socket.socket:
         """Join as one who has to find the model process."""
-        sock, claim = Rendezvous(self.base, name).join(timeout)
+        sock, presence, claim = Rendezvous(self.base, name).join(timeout)
         self.stack.enter_context(sock)
+        self.stack.callback(presence.leave)
         assert claim is None
         return sock
 
     def claim(self, name: str = NAME) -> tuple[socket.socket, Claim]:
         """Join as one who has to start it."""
-        sock, claim = Rendezvous(self.base, name).join()
+        sock, presence, claim = Rendezvous(self.base, name).join()
         self.stack.enter_context(sock)
+        self.stack.callback(presence.leave)
         assert claim is not None
         return sock, claim
 
@@ -200,6 +202,19 @@ def test_stale_files_are_swept(party: Party, base: Path) -> None:
     assert {path.name for path in base.iterdir()} == {NAME, alive, strange, "other"}
     die(claim)
     die(living)
+
+
+def test_last_to_leave(base: Path) -> None:
+    """Of the servers that leave, the last one learns that it is."""
+    rendezvous = Rendezvous(base, NAME)
+    first, second, third = (rendezvous.join() for _ in range(3))
+    for joined in (first, second, third):
+        joined.sock.close()
+    assert not second.presence.leave()
+    assert not first.presence.leave()
+    assert third.presence.leave()
+    assert first.claim is not None
+    die(first.claim)
 
 
 # -- what is in the way ------------------------------------------------------------------------
