@@ -3,6 +3,7 @@
 from .._restarts import RestartPolicy
 from ._errors_across import RemoteError
 from .process import ProcessWorker
+from .shared import SharedWorker
 from .thread import ThreadWorker
 
-__all__ = ["ProcessWorker", "RemoteError", "RestartPolicy", "ThreadWorker"]
+__all__ = ["ProcessWorker", "RemoteError", "RestartPolicy", "SharedWorker", "ThreadWorker"]

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Protocol
 
 from .._call import Call, Work, here
 from .._checks import check_seconds
-from .._errors import DeadlineExceeded, NotReady, WorkerCrashed, describe
+from .._errors import CallCancelled, DeadlineExceeded, NotReady, WorkerCrashed, describe
 from .._model import ModelReference, name_of, owner_and_path
 from .._restarts import RestartPolicy, Restarts
 from ._channel import Channel, Kind, Message
@@ -37,6 +37,7 @@ logger = logging.getLogger("asgi_infer")
 
 _MOMENT = 0.2  # seconds that a process gets for writing its stacks before it is killed
 _CRASHES = 2  # of one call, after which it is not run again
+_ATTEMPTS = 5  # for a call that never begins
 _REMEMBERED = 256  # calls that have crashed
 
 
@@ -72,6 +73,10 @@ class Overran(Exception):
 
 class Interrupted(Exception):
     """Nobody waits for the reply."""
+
+
+class NeverBegan(WorkerCrashed):
+    """The process died before it came to the request: that may be sent again."""
 
 
 class Link(Protocol):
@@ -230,32 +235,37 @@ class RemoteReplica:
         :raises TypeError: the function or its arguments do not pickle
         """
         del context  # variables of the caller's context stay on this side
-        encoded = self._encode(work)
-        self._refuse_poison(work, encoded)
         try:
-            reply = self._run(encoded, work)
+            reply = self._begin(Kind.EXECUTE, work)
         except WorkerCrashed:
             if not self._worker.retry_crashed or self._interrupted.is_set():
                 raise
-            again = self._encode(work)  # for the process that is started in its place
-            self._refuse_poison(work, again)
-            reply = self._run(again, work)
+            reply = self._begin(Kind.EXECUTE, work)
         return self._value(reply)
 
-    def _run(self, encoded: Encoded, work: Work) -> Message:
-        limit = self._worker.hard_timeout
-        return self._ask_for_call(Kind.EXECUTE, encoded, limit, work=work)
+    def _begin(self, kind: Kind, work: Work, stream: int = 0) -> Message:
+        """Have a function called, by the next process if this one dies before it has begun."""
+        for attempt in range(_ATTEMPTS):
+            encoded = self._encode(work)  # anew: for the process that there is
+            self._refuse_poison(work, encoded)
+            try:
+                return self._ask_for_call(kind, encoded, self._worker.hard_timeout, stream, work)
+            except NeverBegan:
+                if attempt == _ATTEMPTS - 1 or self._interrupted.is_set():
+                    raise
+        raise AssertionError  # pragma: no cover  # one of the attempts returns or raises
 
     def iterate(self, work: Work, context: Context, /) -> Steps:
         """Begin a generator in the process of the model; return what steps it from here."""
         del context
-        encoded = self._encode(work)
-        self._refuse_poison(work, encoded)
-        link = self._linked()
+        stream = self._next_stream()
+        self._value(self._begin(Kind.ITERATE, work, stream))
+        return RemoteSteps(self, self._linked(), stream)
+
+    def _next_stream(self) -> int:
+        """A number for a stream."""
         self._streams += 1
-        limit = self._worker.hard_timeout
-        self._value(self._ask_for_call(Kind.ITERATE, encoded, limit, self._streams, work))
-        return RemoteSteps(self, link, self._streams)
+        return self._streams
 
     def step(self, link: Link, stream: int) -> Any:
         """The next item of a stream that has begun over that link."""
@@ -330,6 +340,12 @@ class RemoteReplica:
             self._running = None
 
     def _crashed(self, link: Link, call: Call | None, work: Work | None) -> WorkerCrashed:
+        if work is not None and self._never_began(link):
+            self._lose()
+            return NeverBegan(
+                f"the process of the model {self._spec.name!r} died again and again before "
+                f"{name_of(work[0])} could begin"
+            )
         if work is not None:
             # Not what was sent: the function may have changed that in place.
             self._poison.add(link.channel.encode(work).digest())
@@ -338,6 +354,11 @@ class RemoteReplica:
         self._lose()
         return error
 
+    def _never_began(self, link: Link) -> bool:
+        """Whether the process has died before it came to the latest request, in other work."""
+        del link
+        return False  # it has no other
+
     def _death(self, link: Link, when: str) -> WorkerCrashed:
         error = WorkerCrashed(f"the process of the model {self._spec.name!r} {link.died()} {when}")
         if link.last_words:
@@ -345,6 +366,8 @@ class RemoteReplica:
         return error
 
     def _value(self, reply: Message) -> Any:
+        if reply.kind is Kind.SKIPPED:
+            raise CallCancelled("nobody waited for this call any more when its turn came")
         if reply.kind is not Kind.RAISED:
             return reply.body()
         error = unpack_error(reply.body())

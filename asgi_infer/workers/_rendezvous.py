@@ -164,7 +164,11 @@ class Presence:
             with _gate(self._base, time.monotonic() + timeout):
                 return _try_lock(self._fd)
         finally:
-            os.close(self._fd)
+            self.close()
+
+    def close(self) -> None:
+        """Close it, where it is another process's as well: in a forked child."""
+        os.close(self._fd)
 
 
 class Claim:
