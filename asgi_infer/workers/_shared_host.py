@@ -39,13 +39,24 @@ EXCLUSIVE = 1
 """The bit of a stream's number that says that nobody else may run between two of its items."""
 
 
-def serve(listener: int, lock: int) -> NoReturn:
-    """Be the model process: load what the first server asks for, and serve all that come."""
+def serve(listener: int, lock: int) -> NoReturn:  # pragma: no cover  # in a process of its own
+    """Be the model process: load what the first server asks for, and serve all that come.
+
+    The interpreter is not taken down at the end, which could be held up by anything: those who
+    have come since wait for it, to start the next.
+    """
     survive_log_reader()
     model = SharedHost(Claim.inherited(listener, lock))
-    while model.turn():
-        pass
-    model.close()
+    try:
+        while model.turn():
+            pass
+        model.close()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class Server:
@@ -219,22 +230,14 @@ class SharedHost:
             server.streams.discard(stream)
             self._alone = None
 
-    def close(self) -> NoReturn:
-        """Destroy the model, remove the files, and end.
-
-        Those who have come since wait for the end of this process, and start the next. That must
-        not take long: the interpreter is not taken down, which could be held up by anything.
-        """
+    def close(self) -> None:
+        """Destroy the model, and remove the files. The process has to end with that."""
         try:
             if self._host is not None:
                 self._host.close()
-            self._claim.withdraw()
         except BaseException:
             traceback.print_exc()
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(0)
+        self._claim.withdraw()
 
 
 def _given_up(message: Message, page: ControlPage) -> bool:

@@ -6,12 +6,10 @@ import contextlib
 import http.client
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +20,6 @@ import pytest
 
 from ..polling import until_true
 from ..test_servers import LIMIT, ROOT, free_port
-from . import meeting
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="locks and sockets as on Linux")
 
