@@ -14,7 +14,6 @@ Guarantees
 
 from __future__ import annotations
 
-import io
 import os
 import select
 import socket
@@ -45,7 +44,6 @@ def serve(listener: int, lock: int) -> NoReturn:  # pragma: no cover  # in a pro
     The interpreter is not taken down at the end, which could be held up by anything: those who
     have come since wait for it, to start the next.
     """
-    survive_log_reader()
     model = SharedHost(Claim.inherited(listener, lock))
     try:
         while model.turn():
@@ -242,39 +240,3 @@ class SharedHost:
 
 def _given_up(message: Message, page: ControlPage) -> bool:
     return Request(message.number, message.deadline, page).given_up(time.monotonic())
-
-
-# -- output ------------------------------------------------------------------------------------
-
-
-class Output(io.FileIO):
-    """Stdout or stderr, whose reader may be gone: then what is written goes nowhere.
-
-    The server that started this process has its log. That server may end long before.
-    """
-
-    def write(self, data: object, /) -> int:
-        """Write to the pipe; to nowhere if nobody can read that any more."""
-        try:
-            return super().write(data)  # type: ignore[arg-type]
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
-            return super().write(data)  # type: ignore[arg-type]
-
-
-def survive_log_reader() -> None:
-    """Have Python print to nowhere when the server that reads it has gone, and not fail.
-
-    Native code gets an error from the system when it prints then, as SIGPIPE is ignored.
-    """
-    for name, fd in (("stdout", 1), ("stderr", 2)):
-        raw = Output(fd, "w", closefd=False)
-        stream = io.TextIOWrapper(
-            io.BufferedWriter(raw),
-            encoding="utf-8",
-            errors="backslashreplace",
-            line_buffering=True,
-        )
-        setattr(sys, name, stream)

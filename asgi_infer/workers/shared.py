@@ -127,9 +127,6 @@ class SharedReplica(RemoteReplica):
             self._shared.condemned = True
         super()._kill(link)
 
-    def _never_began(self, link: Link) -> bool:
-        return link.page.started != self._number
-
     def _next_stream(self) -> int:
         call = here.current_call and here.current_call()
         others_may_run = isinstance(call, StreamCall) and call.interleave
@@ -236,7 +233,7 @@ class SharedLink:
             os.close(self._pidfd)
             self._pidfd = None
         if self._child is not None and self._child.sentinel >= 0:
-            if self._child.ended:
+            if self._child.ended():
                 self._child.close()
             else:
                 self._child.detach()
@@ -285,7 +282,7 @@ class SharedLink:
     def _ended(self, within: float) -> bool:
         """Whether it has ended, after a while at the most, if it is known."""
         if self._child is not None:
-            return _readable(self._child.sentinel, within) and self._child.ended
+            return self._child.ended(within)
         return self._pidfd is not None and _readable(self._pidfd, within)
 
     def _end(self) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from asgi_infer import DeadlineExceeded, InferenceRunner, WorkerCrashed
-from asgi_infer.workers import SharedWorker, shared
+from asgi_infer.workers import SharedWorker
 
 from ..gates import LIMIT
 from ..polling import until_true

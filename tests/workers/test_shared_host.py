@@ -25,7 +25,7 @@ from asgi_infer.workers._errors_across import unpack_error
 from asgi_infer.workers._protocol import ModelSpec
 from asgi_infer.workers._remote import reduce_reference
 from asgi_infer.workers._rendezvous import Claim, Rendezvous
-from asgi_infer.workers._shared_host import EXCLUSIVE, Output, SharedHost
+from asgi_infer.workers._shared_host import EXCLUSIVE, SharedHost
 from asgi_infer.workers.shared import introduce
 
 from ..gates import LIMIT, Gate
@@ -418,39 +418,3 @@ def test_model_that_fails_when_it_is_closed(
     server.close()
     table.join()
     assert "while it was closed" in capsys.readouterr().err
-
-
-# -- output ------------------------------------------------------------------------------------
-
-
-def test_output_without_a_reader() -> None:
-    """What is printed goes to the reader; when that has gone, nowhere, and nothing fails."""
-    reading, writing = os.pipe()
-    with Output(writing, "w") as output:
-        output.write(b"read")
-        assert os.read(reading, 10) == b"read"
-        os.close(reading)
-        assert output.write(b"lost") == 4
-        assert output.write(b"lost as well") == 12
-
-
-def test_output_of_a_model_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both streams are replaced, and written to line by line."""
-    made: list[int] = []
-
-    def make(fd: int, mode: str, closefd: bool) -> Any:
-        made.append(fd)
-        return Output(os.open(os.devnull, os.O_WRONLY), mode)
-
-    monkeypatch.setattr(_shared_host, "Output", make)
-    with ExitStack() as stack, monkeypatch.context() as patch:
-        patch.setattr("sys.stdout", None)
-        patch.setattr("sys.stderr", None)
-        _shared_host.survive_log_reader()
-        import sys
-
-        for stream in (sys.stdout, sys.stderr):
-            stack.enter_context(stream)
-            assert stream.line_buffering
-            assert stream.errors == "backslashreplace"
-    assert made == [1, 2]
