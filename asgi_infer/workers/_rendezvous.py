@@ -109,6 +109,14 @@ class Rendezvous:
             time.sleep(pause)
         raise AssertionError  # pragma: no cover  # pauses have no end
 
+    def tidy(self, timeout: float = 10.0) -> None:
+        """Remove what a model process that was killed has left, if there is none now.
+
+        :raises TimeoutError: others have held the gate all the time
+        """
+        with _gate(self.base, time.monotonic() + timeout), suppress(FileNotFoundError):
+            _remove_if_dead(self.directory)
+
     def _start_or_connect(self) -> Joined | None:
         lock = _open_private(self.directory)
         if _try_lock(lock):

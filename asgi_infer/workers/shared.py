@@ -164,10 +164,10 @@ class SharedLink:
 
     def __init__(self, spec: ModelSpec, rendezvous: Rendezvous) -> None:
         self.ready = self.condemned = False
-        self._directory = rendezvous.directory
+        self._rendezvous = rendezvous
         self._child: Child | None = None
         self._pidfd: int | None = None  # where it is no child of this process
-        self._left = False
+        self._last: bool | None = None  # to leave; None as long as this server has not left
         bury_detached()
         sock, self._presence, claim = rendezvous.join()
         self.starter = claim is not None
@@ -227,7 +227,7 @@ class SharedLink:
     def close(self) -> None:
         """Hang up. If nobody else uses it, wait for its end, and see to it that it ends."""
         self.channel.close()
-        if self._leave() and self._known:
+        if self._leave():
             self._see_to_its_end()
         if self._pidfd is not None:
             os.close(self._pidfd)
@@ -245,32 +245,31 @@ class SharedLink:
         self._presence.close()
 
     def _leave(self) -> bool:
-        """Whether this was the last server; False if it has left before."""
-        if self._left:
-            return False
-        self._left = True
-        try:
-            return self._presence.leave()
-        except OSError as error:  # the gate is held up
-            logger.warning("could not tell whether others use the model: %s", error)
-            return False
+        """Whether this was the last server."""
+        if self._last is None:
+            try:
+                self._last = self._presence.leave()
+            except OSError as error:  # the gate is held up
+                logger.warning("could not tell whether others use the model: %s", error)
+                self._last = False
+        return self._last
 
     def _see_to_its_end(self) -> None:
-        end = time.monotonic() + _PATIENCE
-        while not self._ended(_STEP):
-            if not self._still_last():
-                return  # somebody has come since
-            if time.monotonic() > end:
+        """Wait until it has ended, or somebody else has come. It removes its files, if it can."""
+        until = time.monotonic() + _PATIENCE
+        while self._known and not self._ended(_STEP) and self._still_last():
+            if time.monotonic() > until:
                 logger.warning(
                     "the model process did not end within %g s of its last server, and is killed",
                     _PATIENCE,
                 )
                 self._end()
-                return
+        with suppress(OSError):  # then the next that comes there does it
+            self._rendezvous.tidy()
 
     def _still_last(self) -> bool:
         try:
-            return Presence(self._directory).leave()
+            return Presence(self._rendezvous.directory).leave()
         except OSError:
             return True  # the files are gone: it is just ending
 

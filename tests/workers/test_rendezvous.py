@@ -217,6 +217,18 @@ def test_last_to_leave(base: Path) -> None:
     die(first.claim)
 
 
+def test_tidy(party: Party, base: Path) -> None:
+    """A server that leaves removes what a killed model process has left, and nothing else."""
+    _, claim = party.claim()
+    rendezvous = Rendezvous(base, NAME)
+    rendezvous.tidy()
+    assert (base / NAME / "socket").exists()
+    die(claim)
+    for _ in range(2):  # also if others have done it
+        rendezvous.tidy()
+        assert list(base.iterdir()) == []
+
+
 # -- what is in the way ------------------------------------------------------------------------
 
 

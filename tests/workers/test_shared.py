@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from asgi_infer import DeadlineExceeded, InferenceRunner, WorkerCrashed
+from asgi_infer import DeadlineExceeded, Draining, InferenceRunner, WorkerCrashed
 from asgi_infer.workers import SharedWorker
 
 from ..gates import LIMIT
@@ -118,7 +119,7 @@ def test_death_takes_what_ran_and_nothing_else(make_runner: MakeRunner, tmp_path
     until_true(lambda: second.statistics().running == 1)
     waiting = [runner.submit(runner.model.pid) for runner in (first, second)]
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(WorkerCrashed, match="SIGKILL|the log of the server process"):
+    with pytest.raises(WorkerCrashed, match=r"SIGKILL|the log of the server process"):
         running.result(LIMIT)
     after = {future.result(LIMIT) for future in (sent, *waiting)}
     assert len(after) == 1
@@ -154,30 +155,74 @@ def test_hard_timeout_is_for_what_runs(make_runner: MakeRunner, tmp_path: Path) 
     assert call(first, first.model.pid) == call(second, second.model.pid) != pid
 
 
-def test_last_one_out_ends_what_runs(
-    make_runner: MakeRunner, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A runner that is stopped leaves others the model; the last kills a call that goes on."""
+def stop_now(runner: InferenceRunner[Any]) -> None:
+    """Stop it in the midst of a call."""
+    asyncio.run(runner.aclose(grace=0.0))
+    runner.shutdown()  # waits for its thread
+
+
+def test_last_one_out_ends_what_runs(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """A runner that is stopped in a call leaves others the model, and the last one kills it."""
     first, second = make_runner(), make_runner()
     pid = call(second, second.model.pid)
     running = hold(first, tmp_path / "held")
-    first._stop_now() if hasattr(first, "_stop_now") else first.shutdown(wait=False, grace=0.0)  # type: ignore[call-arg]
-    assert running.exception(LIMIT) is not None
+    stop_now(first)
+    with pytest.raises(Draining):
+        running.result(LIMIT)
     (tmp_path / "held").unlink()
     assert call(second, second.model.pid) == pid
+    hold(second, tmp_path / "held")
+    stop_now(second)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_late_calls_are_skipped(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """A call whose time is up before its turn at the model does not run."""
+    first, second = make_runner(), make_runner()
+    call(second, second.model.pid)
+    running = hold(first, tmp_path / "held")
+
+    async def expire() -> None:
+        with pytest.raises(DeadlineExceeded):
+            await second.run(second.model.hold, str(tmp_path / "never"), timeout=0.02)
+
+    asyncio.run(expire())
+    (tmp_path / "held").unlink()
+    running.result(LIMIT)
+    call(second, second.model.pid)
+    assert not (tmp_path / "never").exists()
+
+
+def test_streams(make_runner: MakeRunner) -> None:
+    """A stream runs to its end, whether it lets others run between two items or not."""
+    runner = make_runner()
+
+    async def read(interleave: bool) -> list[int]:
+        async with runner.stream(runner.model.count, interleave=interleave) as stream:
+            return [item async for item in stream]
+
+    assert asyncio.run(read(True)) == asyncio.run(read(False)) == [0, 1, 2]
 
 
 def test_load_that_fails(make_runner: MakeRunner) -> None:
     """All servers are told why."""
     for runner in (make_runner(fail), make_runner(fail)):
         with pytest.raises(LookupError, match="no such file"):
-            runner.start_soon() if hasattr(runner, "start_soon") else runner.__enter__()
+            asyncio.run(runner.start())
 
 
 def test_load_that_crashes(make_runner: MakeRunner) -> None:
-    """Whoever started the process tells how it ended."""
-    with pytest.raises(WorkerCrashed, match="ended with exit code 3 while it loaded"):
-        make_runner(crash).__enter__()
+    """Whoever started the process tells how it ended; others start it themselves, in vain."""
+    runners = [make_runner(crash), make_runner(crash)]
+
+    async def start_both() -> list[BaseException | None]:
+        starts = [runner.start() for runner in runners]
+        return await asyncio.gather(*starts, return_exceptions=True)
+
+    for error in asyncio.run(start_both()):
+        assert isinstance(error, WorkerCrashed)
+        assert "ended with exit code 3 while it loaded" in str(error)
 
 
 def test_directory_is_too_long(tmp_path: Path) -> None:

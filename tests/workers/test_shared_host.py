@@ -19,9 +19,9 @@ import pytest
 
 from asgi_infer import NativePolicy, check_cancelled
 from asgi_infer._model import ModelReference
-from asgi_infer.workers import _shared_host
 from asgi_infer.workers._channel import Channel, Kind, Message
 from asgi_infer.workers._errors_across import unpack_error
+from asgi_infer.workers._host import Host
 from asgi_infer.workers._protocol import ModelSpec
 from asgi_infer.workers._remote import reduce_reference
 from asgi_infer.workers._rendezvous import Claim, Rendezvous
@@ -414,7 +414,7 @@ def test_model_that_fails_when_it_is_closed(
     def close(host: object) -> None:
         raise LookupError("while it was closed")
 
-    monkeypatch.setattr(_shared_host.Host, "close", close)
+    monkeypatch.setattr(Host, "close", close)
     server.close()
     table.join()
     assert "while it was closed" in capsys.readouterr().err
