@@ -217,6 +217,19 @@ class Child:
             os.close(self.sentinel)
             self.sentinel = -1
 
+    def detach(self) -> None:
+        """Let it live on, and close what belongs to it: what it writes is not read any more.
+
+        It is reaped by ``bury_detached``, once it has ended.
+        """
+        for output in self._outputs:
+            output.finish()
+        with self._lock:
+            os.close(self.sentinel)
+            self.sentinel = -1
+        self._process.returncode = 0  # so that nobody else waits for it, or complains
+        _detached.append(self)
+
     def _send(self, signum: int) -> None:
         with self._lock:
             if self._reaped or self.sentinel < 0 or _readable(0, self.sentinel):
@@ -253,6 +266,14 @@ class Child:
         pipe = cast("FileIO", file)
         os.set_blocking(pipe.fileno(), False)
         return pipe
+
+
+_detached: list[Child] = []  # under the GIL: to append and to replace is all that is done
+
+
+def bury_detached() -> None:
+    """Reap those children that were detached and have ended."""
+    _detached[:] = [each for each in _detached if not each._reap()]  # noqa: SLF001  # its own file
 
 
 def describe(code: int, *, killed: bool) -> str:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Protocol
 
 from .._call import Call, Work, here
 from .._checks import check_seconds
-from .._errors import DeadlineExceeded, NotReady, WorkerCrashed, describe
+from .._errors import CallCancelled, DeadlineExceeded, NotReady, WorkerCrashed, describe
 from .._model import ForeignReference, ModelReference, name_of, owner_and_path
 from .._refusals import retry_after
 from .._restarts import RestartPolicy, Restarts
@@ -270,9 +270,14 @@ class RemoteReplica:
     def iterate(self, work: Work, context: Context, /) -> Steps:
         """Begin a generator in the process of the model; return what steps it from here."""
         del context
+        stream = self._next_stream()
+        self._value(self._begin(Kind.ITERATE, work, stream))
+        return RemoteSteps(self, self._linked(), stream)
+
+    def _next_stream(self) -> int:
+        """A number for a stream."""
         self._streams += 1
-        self._value(self._begin(Kind.ITERATE, work, self._streams))
-        return RemoteSteps(self, self._linked(), self._streams)
+        return self._streams
 
     def step(self, link: Link, stream: int) -> Any:
         """The next item of a stream that has begun over that link."""
@@ -388,6 +393,8 @@ class RemoteReplica:
         return error
 
     def _value(self, reply: Message) -> Any:
+        if reply.kind is Kind.SKIPPED:
+            raise CallCancelled("nobody waited for this call any more when its turn came")
         if reply.kind is not Kind.RAISED:
             return reply.body()
         error = unpack_error(reply.body())
