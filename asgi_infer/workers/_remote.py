@@ -73,6 +73,10 @@ class NeverBegan(Exception):
     """It has, and had not begun with what it was asked for, which may be asked again."""
 
 
+class ForeignReference(ValueError):
+    """A call refers to the model of another runner."""
+
+
 class Overran(Exception):
     """There is no reply in time."""
 
@@ -311,7 +315,7 @@ class RemoteReplica:
     def _encode(self, work: Work) -> Encoded:
         try:
             return self._linked().channel.encode(work)
-        except NotReady:
+        except (NotReady, ForeignReference):
             raise
         except Exception as error:
             raise TypeError(
@@ -363,12 +367,19 @@ class RemoteReplica:
 
     def _crashed(self, link: Link, when: str, work: Work | None) -> WorkerCrashed:
         if work is not None:
-            # Not what was sent: the function may have changed that in place.
-            self._poison.add(link.channel.encode(work).digest())
+            self._remember(link, work)
         error = self._death(link, when)
         logger.error("%s", error)
         self._lose()
         return error
+
+    def _remember(self, link: Link, work: Work) -> None:
+        """``work`` has crashed its process: if that happens again, it is not to be run."""
+        try:
+            # Not what was sent: the function may have changed that in place.
+            self._poison.add(link.channel.encode(work).digest())
+        except Exception:  # something that pickles once only, or there is no memory left
+            logger.debug("a call that crashed can't be remembered", exc_info=True)
 
     def _death(self, link: Link, when: str) -> WorkerCrashed:
         error = WorkerCrashed(f"the process of the model {self._spec.name!r} {link.died()} {when}")
@@ -583,7 +594,7 @@ def reduce_reference(spec: ModelSpec) -> Callable[[ModelReference], Any]:
     def reduce(reference: ModelReference) -> tuple[Any, tuple[Any, ...]]:
         owner, path = owner_and_path(reference)
         if owner is not spec:
-            raise ValueError(f"{reference!r} belongs to another runner: run the call there")
+            raise ForeignReference(f"{reference!r} belongs to another runner: run the call there")
         return refer, (path,)
 
     return reduce
