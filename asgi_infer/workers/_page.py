@@ -22,10 +22,8 @@ class ControlPage:
     """
 
     def __init__(self, fd: int) -> None:
-        # Not as Python maps files, with a descriptor of its own: tracebacks keep this alive.
-        self._memory = Memory(fd, _SIZE)
         # One aligned word each: it is written whole, or not yet.
-        self._words = memoryview(self._memory.map).cast("Q")
+        self._words = memoryview(Memory(fd, _SIZE).map).cast("Q")
 
     @property
     def cancelled(self) -> int:
