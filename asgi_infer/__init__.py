@@ -12,6 +12,7 @@ from ._errors import (
     NotReady,
     QueueFull,
     ReentrantCall,
+    WorkerCrashed,
 )
 from ._lookup import runner_from
 from ._queue_policy import QueuePolicy
@@ -38,6 +39,7 @@ __all__ = [
     "ReentrantCall",
     "RunnerStatistics",
     "Stream",
+    "WorkerCrashed",
     "check_cancelled",
     "runner_from",
 ]

@@ -196,6 +196,16 @@ class BatchCall(Call):
         """What it is about. To be asked for while it runs."""
         return cast("Work", self.work)[1][0]
 
+    @property
+    def limit(self) -> float | None:
+        """When nobody waits any more for any of the calls that it runs together with."""
+        latest = 0.0
+        for call in self.together or [self]:
+            if call.deadline is None:
+                return None
+            latest = max(latest, call.deadline)
+        return latest
+
     def given_up(self, now: float) -> bool:
         """Whether nobody waits any more for any of the calls that it runs together with."""
         return all(Call.given_up(call, now) for call in self.together or [self])

@@ -72,6 +72,7 @@ class Call:
         "port",
         "priority",
         "size",
+        "slot",
         "started",
         "state",
         "value",
@@ -85,6 +86,7 @@ class Call:
     ended: float
     value: Any
     error: BaseException | None
+    slot: Any  # where it runs, from its start on
 
     def __init__(
         self,
@@ -109,6 +111,11 @@ class Call:
     def group(self) -> object:
         """What it waits in line for, where calls differ in how long they run; None for most."""
         return None
+
+    @property
+    def limit(self) -> float | None:
+        """When nobody waits any more for the function that it runs."""
+        return self.deadline
 
     def given_up(self, now: float) -> bool:
         """Whether nobody waits for its outcome any more."""
@@ -143,6 +150,19 @@ class Call:
             del error
 
 
+class Awaited(Protocol):
+    """What ``check_cancelled()`` asks of the call that runs."""
+
+    @property
+    def departure(self) -> Departure | None:
+        """Why nobody waits, but for the deadline."""
+        ...
+
+    def given_up(self, now: float, /) -> bool:
+        """Whether nobody waits for its outcome any more."""
+        ...
+
+
 class Caller(Protocol):
     """Who makes calls on behalf of a client, and wants to know of each: the middleware."""
 
@@ -163,8 +183,8 @@ current_caller: ContextVar[Caller | None] = ContextVar("asgi_infer_caller", defa
 class _Here(threading.local):
     """Thread-local: no guard."""
 
-    current_call: Callable[[], Call | None] | None = None
-    """On an inference thread, what tells the call that it runs."""
+    current_call: Callable[[], Awaited | None] | None = None
+    """Where a model lives, what tells the call that it runs."""
     clock: Callable[[], float] = time.monotonic
     """What the deadlines of its calls are on."""
 

@@ -6,6 +6,7 @@
     * NotReady (503): there is no model to call: not loaded, or not found
     * DeadlineExceeded (504, also TimeoutError): the call's time was up
     * ClientDisconnected (499): the client hung up before its answer
+    * WorkerCrashed (500): the process that held the model died while it ran the call
     * CallFailed (500): the function ended with something that is no ``Exception``
     * ReentrantCall (500, also RuntimeError): a runner called from its own thread
 * CallCancelled (a ``BaseException``): what ``check_cancelled()`` raises
@@ -92,6 +93,14 @@ class ClientDisconnected(InferenceError):
 
     status = 499
     public = "The client closed the connection."
+
+
+class WorkerCrashed(InferenceError):
+    """The process in which the model lived died while it ran this call.
+
+    The call is not run again, since it may be what killed the process, and part of what it does
+    may have been done: repeat it only if that is safe. Calls that were waiting are not touched.
+    """
 
 
 class CallFailed(InferenceError):

@@ -15,18 +15,18 @@ from typing import Any, cast
 from ._batch import BatchCall, BatchFunction
 from ._buffer import StreamCall
 from ._call import Call, Departure, Work
-from ._errors import CallCancelled, CallFailed
+from ._errors import CallCancelled, CallFailed, WorkerCrashed
 from ._model import name_of
 from ._refusals import stalled
 from ._scheduler import Scheduler
-from .workers._protocol import LazyResult, OpenWorker, Steps
+from .workers._protocol import LazyResult, Runs, Steps
 
 
-def run_call(worker: OpenWorker, scheduler: Scheduler, call: Call) -> tuple[Any, Exception | None]:
+def run_call(replica: Runs, scheduler: Scheduler, call: Call) -> tuple[Any, Exception | None]:
     """Run the function of ``call``; return its value, or the error."""
     work: Any = call.work  # it is there: nobody lets go of it while it runs
     try:
-        return worker.execute(work, call.context), None
+        return replica.execute(work, call.context), None
     except BaseException as exception:
         if isinstance(exception, CallCancelled):
             _give_up(scheduler, [call])
@@ -40,7 +40,7 @@ class WrongResults(TypeError):
     """What a batch function returned can't be told apart: no fault of any of the items."""
 
 
-def run_batch(worker: OpenWorker, scheduler: Scheduler, batch: BatchCall) -> None:
+def run_batch(replica: Runs, scheduler: Scheduler, batch: BatchCall) -> None:
     """Run the calls of a batch together, and settle each.
 
     A batch that fails is run again in two halves, and so on, until what fails is alone: of n
@@ -49,22 +49,22 @@ def run_batch(worker: OpenWorker, scheduler: Scheduler, batch: BatchCall) -> Non
     """
     parts = [batch.members]
     while parts:
-        parts += _run_part(worker, scheduler, batch, parts.pop())
+        parts += _run_part(replica, scheduler, batch, parts.pop())
 
 
 def _run_part(
-    worker: OpenWorker, scheduler: Scheduler, batch: BatchCall, part: Sequence[BatchCall]
+    replica: Runs, scheduler: Scheduler, batch: BatchCall, part: Sequence[BatchCall]
 ) -> list[Sequence[BatchCall]]:
     """Run some calls of ``batch``, and settle them; return what is to be run again, last first."""
     calls = _still_awaited(scheduler, part)
     if not calls:
         return []
     batch.together = calls
-    error = _run_together(worker, scheduler, calls)
+    error = _run_together(replica, scheduler, calls)
     if error is None:
         return []
     try:
-        if len(calls) == 1 or isinstance(error, WrongResults | LazyResult):
+        if len(calls) == 1 or isinstance(error, WrongResults | LazyResult | WorkerCrashed):
             _fail(scheduler, calls, error)
             return []
         return _halves(scheduler, calls)
@@ -94,7 +94,7 @@ def _still_awaited(scheduler: Scheduler, calls: Sequence[BatchCall]) -> Sequence
 
 
 def _run_together(
-    worker: OpenWorker, scheduler: Scheduler, calls: Sequence[BatchCall]
+    replica: Runs, scheduler: Scheduler, calls: Sequence[BatchCall]
 ) -> BaseException | None:
     """Run the function once, and settle ``calls`` if it succeeds; else return the error."""
     function = calls[0].function
@@ -103,7 +103,7 @@ def _run_together(
     try:
         joined = function.join([call.item for call in calls])
         # In a copy: what a batch sets in its context is not for the next one to see.
-        returned = worker.execute((function.func, (joined,)), function.context.copy())
+        returned = replica.execute((function.func, (joined,)), function.context.copy())
         del joined
         values = _split(function, returned, len(calls))
         seconds = scheduler.clock() - began
@@ -126,9 +126,11 @@ def _split(function: BatchFunction, returned: Any, count: int) -> list[Any]:
 def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException) -> None:
     if isinstance(error, CallCancelled):
         _give_up(scheduler, calls)
+    # One for each: an error that many tasks raise at once would get the tracebacks of all.
     if isinstance(error, WrongResults | LazyResult):
-        # One for each: an error that many tasks raise at once would get the tracebacks of all.
         errors: list[Exception] = [TypeError(*error.args) for _ in calls]
+    elif isinstance(error, WorkerCrashed):
+        errors = [WorkerCrashed(str(error)) for _ in calls]
     else:
         errors = [as_error(error, calls[0].work)]
     scheduler.settle((call, None, each) for call, each in zip(calls, errors, strict=True))
@@ -137,9 +139,9 @@ def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException
 # -- streams -----------------------------------------------------------------------------------
 
 
-def step_stream(worker: OpenWorker, scheduler: Scheduler, call: StreamCall) -> Call | None:
+def step_stream(replica: Runs, scheduler: Scheduler, call: StreamCall) -> Call | None:
     """Step a generator until it ends, or once if others may run in between; return who is next."""
-    suspends, error = _turn(worker, scheduler, call)
+    suspends, error = _turn(replica, scheduler, call)
     if suspends:
         return scheduler.suspend(call)
     closing_error = _close(scheduler, call)
@@ -149,13 +151,11 @@ def step_stream(worker: OpenWorker, scheduler: Scheduler, call: StreamCall) -> C
         del error, closing_error  # their tracebacks refer to this frame
 
 
-def _turn(
-    worker: OpenWorker, scheduler: Scheduler, call: StreamCall
-) -> tuple[bool, Exception | None]:
+def _turn(replica: Runs, scheduler: Scheduler, call: StreamCall) -> tuple[bool, Exception | None]:
     """Step the generator; return whether others may run before the next step, or the error."""
     try:
         if call.steps is None:
-            call.steps = worker.iterate(cast("Work", call.work), call.context)
+            call.steps = replica.iterate(cast("Work", call.work), call.context)
         return _step(scheduler, call, call.steps), None
     except BaseException as exception:
         return False, _stream_error(scheduler, call, exception)

@@ -48,6 +48,11 @@ class ModelReference:
         return ".".join(("runner.model", *self._asgi_infer_path))
 
 
+def owner_and_path(reference: ModelReference) -> tuple[object, tuple[str, ...]]:
+    """Whose model ``reference`` is to, and the names that lead on from there."""
+    return reference._asgi_infer_owner, reference._asgi_infer_path
+
+
 def name_of(func: object) -> str:
     """What to call ``func`` in a log line or a message."""
     if isinstance(func, partial):

@@ -451,6 +451,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
                 service_time=counters.service_time,
                 batch_sizes=dict(sorted(counters.batch_sizes.items())),
                 batches_split=counters.batches_split,
+                restarts=counters.restarts,
                 overloaded=any(scheduler.overloaded for scheduler in schedulers),
                 cores_used=usage.cores_used,
                 switches_per_call=usage.switches_per_call,
@@ -497,7 +498,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
         thread = self._thread or self._launch(again=False)
         current = here.current_call
         # Also from a thread that has been stopped and still runs: the next one waits for its end.
-        if current is not None and any(current == each.current for each in thread.schedulers):
+        if current is not None and thread.runs(current):
             raise ReentrantCall(
                 f"a call on the runner {self._name!r} calls the same runner and would wait for "
                 f"itself: call the function directly instead"
@@ -524,7 +525,8 @@ class InferenceRunner(Executor, Generic[ModelT]):
             previous = self._thread
             if previous is not None and not (again and previous.over):
                 return previous
-            openmp.release_pools()
+            if self._worker.local:
+                openmp.release_pools()
             thread = self._make_thread(previous)
             try:
                 thread.start()
@@ -540,6 +542,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
             spec=self._spec,
             worker=self._worker,
             scheduler=self._scheduler_type(
+                slots=self._worker.replicas,
                 max_queue=self._max_queue,
                 max_bytes=self._max_queue_bytes,
                 policy=self._queue_policy,

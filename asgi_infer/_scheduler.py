@@ -1,4 +1,4 @@
-"""Who may run, and when: admission, the queue, the one slot, and the books.
+"""Who may run, and when: admission, the queue, the slots, and the books.
 
 One lock guards it all, so that every snapshot of the books balances. No foreign code runs under
 it, and callers are woken outside.
@@ -6,7 +6,7 @@ it, and callers are woken outside.
 Guarantees
     * ``submitted = completed + failed + cancelled + expired + rejected + queued + running``.
     * A call is taken at most once. Once its caller has left, it is never settled.
-    * The slot belongs to the inference thread: a caller who leaves does not free it.
+    * A slot belongs to its inference thread: a caller who leaves does not free it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from ._overload import Overload
 from ._queue import CallQueue, size_of
 from ._queue_policy import QueuePolicy
 from ._refusals import ErrorOf, Refusal
+from ._slot import Slot
 from ._statistics import Counters, expectation, moving_average
 from ._suspended import Suspended
 
 
 class Scheduler:
-    """The queue in front of one inference thread, from its start to its end.
+    """The queue in front of the inference threads, from their start to their end.
 
+    :param slots: how many threads take calls from it; each has a slot of its own
     :param max_queue: how many calls may wait
     :param max_bytes: how many bytes their arguments may hold
     :param policy: in what order, and for how long
@@ -45,6 +47,7 @@ class Scheduler:
     def __init__(
         self,
         *,
+        slots: int = 1,
         max_queue: int,
         max_bytes: int | None = None,
         policy: QueuePolicy = QueuePolicy(),
@@ -58,25 +61,21 @@ class Scheduler:
         self._policy = policy
         self._counts_bytes = max_bytes is not None
         self._counters = counters  # guarded by _lock
+        self.slots = tuple(map(Slot, range(slots)))
         # All of these are guarded by _lock:
         self._queue = CallQueue(max_queue, max_bytes=max_bytes, ageing=policy.ageing)
         self._overload = Overload(policy)
-        self._suspended = Suspended()
-        self._running: Call | None = None  # has the slot; of a batch, the call that leads it
         self._refusal: Refusal | None = None
+        self._refuses_for_now = False  # the refusal is one that may be taken back
         self._stopped = False
-        self._idle = False  # the thread sleeps, or is about to
-        self._look_again = math.inf  # when it is to wake up by itself
+        # Whose threads sleep, or are about to: whoever takes one out of here releases its latch.
+        self._idle: list[Slot] = []
+        self._resting: list[Slot] = []  # the same for those that are down
         # What is expected of the next one, in seconds:
         self._call_time = 0.0  # a call that is no batch's
         self._stream_time = 0.0  # a stream that holds the thread
         self._item_time = 0.0  # one item of a stream that lets others run
-        self._turn_began = 0.0  # when who runs was claimed
-        self._stream_next = False  # whose turn it is: a suspended stream's, or the queue's
         self._idle_waiters: list[Future[None]] = []
-        # A binary semaphore: the thread sleeps in acquire(); whoever clears _idle releases.
-        self._wake_up = threading.Lock()
-        self._wake_up.acquire()
 
     # -- for callers ---------------------------------------------------------------------------
 
@@ -109,12 +108,13 @@ class Scheduler:
                 queue.push(call)
                 if type(call) is BatchCall:
                     call.function.arrived(call.arrived)
-                wake_up, self._idle = self._idle, False
+                # The last one to fall asleep: its caches are the warmest.
+                idle = self._idle.pop() if self._idle else None
             else:
                 self._counters.rejected += 1
-                wake_up = False
-        if wake_up:
-            self._wake_up.release()
+                idle = None
+        if idle is not None:
+            idle.wake_up.release()
         if dropped:
             _post(dropped)
         if refusal is not None:
@@ -134,6 +134,8 @@ class Scheduler:
                 call.error = None if error is None else error(call)
                 call.departure = departure
                 self._counters.late += 1
+                if call.slot.notice is not None and call.slot.running is not None:
+                    call.slot.notice(call.slot.running)
             else:
                 return False
         if type(call) is StreamCall:
@@ -171,43 +173,82 @@ class Scheduler:
 
     def resume(self, call: StreamCall) -> None:
         """There is room again in the buffer of a suspended stream."""
+        woken: Slot | None = None
         with self._lock:
-            wake_up = self._suspended.resume(call) and self._idle
-            if wake_up:
-                self._idle = False
-        if wake_up:
-            self._wake_up.release()
+            # One that still waits, or has ended, is not put aside anywhere.
+            if call.state is CallState.RUNNING and call.slot.suspended.resume(call):
+                woken = call.slot if call.slot in self._idle else None
+            if woken is not None:
+                self._idle.remove(woken)
+        if woken is not None:
+            woken.wake_up.release()
 
-    # -- for the inference thread --------------------------------------------------------------
+    # -- for the inference threads -------------------------------------------------------------
 
-    def take(self) -> Call | None:
-        """Claim the next call, sleeping until there is one; None when it is time to stop."""
+    def take(self, slot: Slot | None = None) -> Call | None:
+        """Claim the next call, sleeping until there is one; None when it is time to stop.
+
+        None also if the slot's latch lets go for a reason of its own; ``slot.over`` tells.
+
+        :param slot: the thread's own; by default the first
+        """
+        slot = slot or self.slots[0]
         while True:
-            call, over = self.poll(sleep=True)
+            call, over = self.poll(slot, sleep=True)
             if over:
                 return None
             if call is None:
-                self._sleep()
+                if not self._sleep(slot):
+                    return None
             elif call.state is CallState.RUNNING:
                 return call
             else:
                 call.port.post(call.waiter)
                 del call  # while it sleeps, the thread holds no call alive
 
-    def poll(self, *, sleep: bool = False) -> tuple[Call | None, bool]:
+    def poll(self, slot: Slot | None = None, *, sleep: bool = False) -> tuple[Call | None, bool]:
         """Claim the next call, or take it out of the queue if it is too late to run it.
 
+        :param slot: the thread's own; by default the first
         :param sleep: the thread sleeps if there is none, and is to be woken by the next one
         :returns: the call, and whether there is none and it is time to stop
         """
+        slot = slot or self.slots[0]
         with self._lock:
-            call = self._claim(self.clock())
+            call = self._claim(slot, self.clock())
             if call is None:
                 self._notify_if_idle()
-                over = self._stopped and not self._suspended.count
-                self._idle = sleep and not over
-                return None, over
+                slot.over = self._stopped and not slot.suspended.count
+                if sleep and not slot.over:
+                    self._idle.append(slot)
+                return None, slot.over
         return call, False
+
+    def set_down(self, slot: Slot, *, down: bool) -> None:
+        """Nothing can run in ``slot`` from now on, or it can again, where a model was lost."""
+        with self._lock:
+            slot.down = down
+            self._counters.restarts += not down
+
+    def take_suspended(self, slot: Slot) -> StreamCall | None:
+        """One of the streams that have begun in ``slot``, to be ended: it is down."""
+        with self._lock:
+            for call in slot.suspended.calls():
+                slot.suspended.resume(call)
+            slot.running = slot.suspended.next() if slot.suspended.count else None
+            return slot.running
+
+    def rest(self, slot: Slot, seconds: float) -> bool:
+        """Sleep in a slot that is down. False, and sooner, if it is time to stop."""
+        until = self.clock() + seconds
+        while True:
+            with self._lock:
+                slot.over = self._stopped and not self._queue
+                left = until - self.clock()
+                if slot.over or left <= 0.0:
+                    return not slot.over
+                self._resting.append(slot)
+            self._sleep_among(self._resting, slot, left)
 
     def finish(self, call: Call, value: object, error: BaseException | None) -> Call | None:
         """The function has ended: close the books on ``call``, and settle it if it is awaited.
@@ -225,8 +266,9 @@ class Scheduler:
                 self._call_time = expectation(self._call_time, seconds)
                 average = self._counters.service_time
                 self._counters.service_time = moving_average(average, seconds)
-            self._running = None
-            following = self._claim(ended)
+            slot = call.slot
+            slot.running = None
+            following = self._claim(slot, ended)
         if awaited:
             call.port.post(call.waiter)
         return _running_or_posted(following)
@@ -249,8 +291,9 @@ class Scheduler:
             average = self._counters.service_time
             self._counters.service_time = moving_average(average, now - leader.started)
             leader.members = leader.together = ()  # each would keep all the others alive
-            self._running = None
-            following = self._claim(now)
+            slot = leader.slot
+            slot.running = None
+            following = self._claim(slot, now)
         return _running_or_posted(following)
 
     def note_batch(self, function: BatchFunction, size: int, seconds: float | None) -> None:
@@ -272,17 +315,14 @@ class Scheduler:
         """A stream that lets others run has had its turn; returns as ``finish`` does."""
         with self._lock:
             now = self.clock()
-            self._item_time = moving_average(self._item_time, now - self._turn_began)
+            slot = call.slot
+            self._item_time = moving_average(self._item_time, now - slot.turn_began)
             # Its first item, too, was a turn; and not the queue's, unless others wait for theirs.
-            self._stream_next = self._stream_next and self._suspended.ready
-            self._suspended.add(call, now)
-            self._running = None
-            following = self._claim(now)
+            slot.stream_next = slot.stream_next and slot.suspended.ready
+            slot.suspended.add(call, now)
+            slot.running = None
+            following = self._claim(slot, now)
         return _running_or_posted(following)
-
-    def current(self) -> Call | None:
-        """The call that runs; of a batch, the one that leads it."""
-        return self._running
 
     # -- for the runner ------------------------------------------------------------------------
 
@@ -290,6 +330,21 @@ class Scheduler:
         """From now on every new call gets the error that ``refusal`` makes."""
         with self._lock:
             self._refusal = refusal
+            self._refuses_for_now = False
+
+    def refuse_for_now(self, refusal: Refusal) -> None:
+        """The same until ``allow`` is called, unless they are refused for good."""
+        with self._lock:
+            if self._refusal is None or self._refuses_for_now:
+                self._refusal = refusal
+                self._refuses_for_now = True
+
+    def allow(self) -> None:
+        """Take new calls again, if they were refused for now."""
+        with self._lock:
+            if self._refuses_for_now:
+                self._refusal = None
+                self._refuses_for_now = False
 
     def send_away(self, calls: Iterable[Call], error: ErrorOf) -> None:
         """Cancel those of ``calls`` that have not ended; each caller gets an error of its own."""
@@ -317,9 +372,11 @@ class Scheduler:
         """Let ``take`` return None once nothing waits and nothing has begun."""
         with self._lock:
             self._stopped = True
-            wake_up, self._idle = self._idle, False
-        if wake_up:
-            self._wake_up.release()
+            asleep = [*self._idle, *self._resting]
+            self._idle.clear()
+            self._resting.clear()
+        for slot in asleep:
+            slot.wake_up.release()
 
     def when_idle(self) -> Future[None]:
         """A future that completes when no call waits or runs."""
@@ -373,49 +430,50 @@ class Scheduler:
 
     # -- under the lock: what runs next --------------------------------------------------------
 
-    def _claim(self, now: float) -> Call | None:
+    def _claim(self, slot: Slot, now: float) -> Call | None:
         """Take the next call: to run it, or to drop it if it is too late for that."""
-        call = self._next(now)
-        self._turn_began = now
+        call = None if slot.down else self._next(slot, now)
+        slot.turn_began = now
         if call is None or call.state is CallState.RUNNING:
-            self._running = call
+            slot.running = call
             return call
         self._queue.remove(call)
         if call.deadline is not None and self._drop_if_late(call, call.deadline, now):
             return call
         call.state = CallState.RUNNING
         call.started = now
+        call.slot = slot
         self._counters.running += 1
-        self._running = call
+        slot.running = call
         if type(call) is BatchCall:
             self._gather(call, now)
         return call
 
-    def _next(self, now: float) -> Call | None:
+    def _next(self, slot: Slot, now: float) -> Call | None:
         """Who is next: of the queue, or of the streams that let others run in between."""
-        suspended = self._suspended
+        suspended = slot.suspended
         if suspended.count:
-            self._end_stalled(now)
+            self._end_stalled(suspended, now)
         call = self._queue.first()
         if call is None:
             self._overload.empty()
-        self._look_again = math.inf
-        if suspended.count and suspended.ready and (self._stream_next or call is None):
-            self._stream_next = False
+        slot.look_again = math.inf
+        if suspended.count and suspended.ready and (slot.stream_next or call is None):
+            slot.stream_next = False
             return suspended.next()
-        self._stream_next = True
+        slot.stream_next = True
         if call is None:
-            self._look_again = suspended.next_stall if suspended.count else math.inf
+            slot.look_again = suspended.next_stall if suspended.count else math.inf
         elif call.deadline is not None:
             self._overload.note(_share_waited(call, call.deadline, now), now)
             if self._overload.active and self._policy.overload == "newest":
                 call = self._newest(call)
-        if type(call) is BatchCall and call.function.max_delay and self._hold(call, now):
+        if type(call) is BatchCall and call.function.max_delay and self._hold(slot, call, now):
             return None
         return call
 
-    def _end_stalled(self, now: float) -> None:
-        for stream in self._suspended.stalled(now):
+    def _end_stalled(self, suspended: Suspended, now: float) -> None:
+        for stream in suspended.stalled(now):
             self.leave(stream, Departure.EXPIRED, _refusals.stalled)
 
     def _newest(self, call: Call) -> Call:
@@ -423,17 +481,17 @@ class Scheduler:
         # Who has no time limit must not be overtaken without end.
         return call if newest is None or newest.deadline is None else newest
 
-    def _hold(self, call: BatchCall, now: float) -> bool:
+    def _hold(self, slot: Slot, call: BatchCall, now: float) -> bool:
         """Whether to wait for more calls to join the batch that ``call`` would lead."""
         function, waiting = call.function, len(self._queue)
-        others = self._suspended.ready or self._queue.count_of(call.group) < waiting
+        others = slot.suspended.ready or self._queue.count_of(call.group) < waiting
         if others or self._stopped or waiting >= function.max_size:
             return False
         until = function.wait_until(waiting, min(each.arrived for each in self._queue))
         deadlines = [each.deadline for each in self._queue if each.deadline is not None]
         if deadlines:
             until = min(until, min(deadlines) - function.cost(waiting + 1))
-        self._look_again = min(until, self._suspended.next_stall)
+        slot.look_again = min(until, slot.suspended.next_stall)
         return now < until
 
     def _gather(self, leader: BatchCall, now: float) -> None:
@@ -461,6 +519,7 @@ class Scheduler:
             self._queue.remove(call)
             call.state = CallState.RUNNING
             call.started = now
+            call.slot = leader.slot
         self._counters.running += len(members) - 1
 
     def _mates(self, leader: BatchCall) -> Iterator[BatchCall]:
@@ -493,9 +552,9 @@ class Scheduler:
         """What must go to make room for ``call``, and the reason to refuse it, if there is one."""
         if self._refusal is not None:
             return [], self._refusal(_refusals.retry_after(self._predicted_wait(call)))
-        if type(call) is StreamCall and self._suspended.count >= self._queue.max_size:
+        if type(call) is StreamCall and self._open_streams >= self._queue.max_size:
             wait = self._predicted_wait(call)
-            return [], _refusals.too_many_streams(self._suspended.count, wait)
+            return [], _refusals.too_many_streams(self._open_streams, wait)
         dropped = self._make_room(call) if self._queue.too_small_for(call) else []
         wait = self._predicted_wait(call)
         if self._queue.full:
@@ -531,15 +590,19 @@ class Scheduler:
         self._drop(oldest, Departure.SHED, lambda each: _refusals.shed(each, call.arrived))
         return expired + oldest
 
+    @property
+    def _open_streams(self) -> int:
+        return sum(slot.suspended.count for slot in self.slots)
+
     def _predicted_wait(self, call: Call) -> float:
-        wait = 0.0
-        running = self._running
-        if running is not None:
-            size = len(running.members) if type(running) is BatchCall else 1
-            runs = call.arrived - self._turn_began
-            wait = max(0.0, self._seconds(running.group, size) - runs)
+        """Seconds until ``call`` has its turn: the work ahead of it, shared among the slots."""
+        slots = [slot for slot in self.slots if not slot.down] or self.slots
+        wait = sum(self._left(slot, call.arrived) for slot in slots)
+        if len(slots) > 1 and not self._queue and any(slot.running is None for slot in slots):
+            return 0.0
         if self._overload.active and self._policy.overload == "newest":
-            return wait
+            return wait / len(slots)
+        suspended = any(slot.suspended.ready for slot in slots)
         for group, count in self._queue.ahead_of(call.priority, call.arrived).items():
             if isinstance(group, BatchGroup) and group == call.group:
                 # The rest it joins, and that one runs the longer for it.
@@ -547,9 +610,17 @@ class Scheduler:
                 wait += rest * group.function.cost.each
                 count -= rest
             wait += self._seconds(group, count)
-            if self._suspended.ready:  # they have a turn after each
+            if suspended:  # they have a turn after each
                 wait += count * self._item_time
-        return wait
+        return wait / len(slots)
+
+    def _left(self, slot: Slot, now: float) -> float:
+        """The seconds that who runs in ``slot`` still takes, as far as that can be told."""
+        running = slot.running
+        if running is None:
+            return 0.0
+        size = len(running.members) if type(running) is BatchCall else 1
+        return max(0.0, self._seconds(running.group, size) - (now - slot.turn_began))
 
     def _seconds(self, group: object, count: int) -> float:
         """What ``count`` calls of a group are going to take."""
@@ -595,32 +666,39 @@ class Scheduler:
             self._counters.rejected += 1
 
     def _begun(self) -> list[Call]:
-        """What has started and not ended, the call that runs first."""
-        running = self._running
-        begun: Iterable[Call] = () if running is None else [running]
-        if type(running) is BatchCall:
-            begun = running.members or begun
-        return [*begun, *self._suspended.calls()]
+        """What has started and not ended; in each slot the call that runs first."""
+        return [call for slot in self.slots for call in slot.begun()]
 
     def _deadline_exceeded(self, call: Call) -> InferenceError:
         return _refusals.deadline_exceeded(call, self.clock())
 
     def _notify_if_idle(self) -> None:
-        if self._idle_waiters and not (self._running or self._queue or self._suspended.count):
+        if self._idle_waiters and not (self._queue or self._begun()):
             waiters, self._idle_waiters = self._idle_waiters, []
             for future in waiters:
                 future.set_result(None)
 
     # -- the thread's sleep --------------------------------------------------------------------
 
-    def _sleep(self) -> None:
-        if self._look_again == math.inf:
-            self._wake_up.acquire()
-        elif not self._wake_up.acquire(timeout=max(0.0, self._look_again - self.clock())):
-            with self._lock:
-                woken, self._idle = not self._idle, False
-            if woken:  # in the very moment: the release is on its way, and there must be one only
-                self._wake_up.acquire()
+    def _sleep(self, slot: Slot) -> bool:
+        """Sleep until there is something to do; False if the latch let go for another reason."""
+        timeout = -1.0
+        if slot.look_again != math.inf:
+            timeout = max(0.0, slot.look_again - self.clock())
+        woken = self._sleep_among(self._idle, slot, timeout)
+        return woken or self.clock() >= slot.look_again
+
+    def _sleep_among(self, sleepers: list[Slot], slot: Slot, timeout: float) -> bool:
+        """Sleep until woken; False if the time is up, or the latch let go by itself."""
+        if slot.wake_up.acquire(timeout=timeout):
+            return True
+        with self._lock:
+            woken = slot not in sleepers
+            if not woken:
+                sleepers.remove(slot)
+        while woken and not slot.wake_up.acquire():  # in the very moment: it is on its way
+            continue
+        return woken
 
 
 def _share_waited(call: Call, deadline: float, now: float) -> float:

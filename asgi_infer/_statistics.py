@@ -46,6 +46,8 @@ class RunnerStatistics:
     """How often so many calls of a ``Batcher`` have run together: ``{size: count}``."""
     batches_split: int
     """How often a batch has failed and been run again, in two halves."""
+    restarts: int
+    """How often a model was lost with its process, and loaded again."""
     overloaded: bool
     """Whether the queue has stood for too long: see ``QueuePolicy``."""
     cores_used: float
@@ -64,7 +66,7 @@ class RunnerStatistics:
     loop_lag: float
     """Seconds that an event loop takes to get to something new while a call runs."""
     state: str
-    """``new``, ``loading``, ``ready``, ``draining``, ``closed`` or ``failed``."""
+    """``new``, ``loading``, ``ready``, ``broken``, ``draining``, ``closed`` or ``failed``."""
 
 
 @dataclass(slots=True)
@@ -81,6 +83,7 @@ class Counters:
     running: int = 0
     service_time: float = 0.0
     batches_split: int = 0
+    restarts: int = 0
     batch_sizes: dict[int, int] = field(default_factory=dict)
 
 
@@ -88,7 +91,8 @@ class Counters:
 class Usage:
     """What calls cost: moving averages and counts, described at ``RunnerStatistics``.
 
-    Written by the inference thread alone. Others read single values, which need no guard.
+    Written by the inference thread alone, or by those of several replicas: what one of them adds
+    may get lost then, which averages bear. Others read single values, which need no guard.
     """
 
     cores_used: float = 0.0

@@ -1,9 +1,12 @@
 """The one thread that owns a model, from before it is loaded until after it is gone.
 
+A worker with several replicas has a thread for each, and all take calls from one queue.
+
 Guarantees
-    * The worker is opened, used and closed on this thread and no other.
+    * A replica is opened, used and closed on its thread and no other.
     * Nothing that a call does ends the thread: whatever it raises becomes the call's outcome.
     * While the thread sleeps it keeps no call, argument or result alive.
+    * A replica that is lost is opened again before its thread takes the next call.
 
 Assumptions
     * ``start`` is called once.
@@ -13,10 +16,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextvars
-import ctypes
 import logging
 import threading
+import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 
 from ._batch import BatchCall
 from ._buffer import StreamCall
@@ -25,15 +30,16 @@ from ._errors import Draining, NotReady, describe
 from ._execute import as_error, run_batch, run_call, step_stream
 from ._refusals import retry_after, stopped
 from ._scheduler import Scheduler
+from ._slot import Slot
 from ._statistics import Usage
 from ._watch import Watch
-from .workers._protocol import ModelSpec, OpenWorker, Worker
+from .workers._protocol import ModelSpec, Replica, Worker
 
 logger = logging.getLogger("asgi_infer")
 
 
 class InferenceThread:
-    """One OS thread, one worker, one scheduler: alive from ``start`` until ``done``.
+    """A worker's threads and their scheduler: alive from ``start`` until ``done``.
 
     :param usage: what its calls cost is noted there
     :param home: the event loop that starts it, if one does
@@ -55,30 +61,51 @@ class InferenceThread:
         self.ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._spec = spec
-        self._worker = worker
+        self._local = worker.local
         self._previous = previous
-        self._opened: OpenWorker | None = None  # the thread's own; in a forked child, nobody's
+        self._replicas = [worker.replica(spec, slot.number) for slot in scheduler.slots]
         self._stopping = False  # only ever set; by whoever stops the thread
         self._usage = usage
         self._home = home
-        self._thread = threading.Thread(target=self._main, name=spec.name, daemon=True)
+        self._lock = threading.Lock()  # guards these four:
+        self._failed = False  # one of the replicas did not load
+        self._loading = len(self._replicas)
+        self._alive = len(self._replicas)
+        self._broken: set[Slot] = set()
+        self._threads = [
+            threading.Thread(target=self._main, args=each, name=spec.name, daemon=True)
+            for each in zip(scheduler.slots, self._replicas, strict=True)
+        ]
 
     def start(self) -> None:
         """Start the thread. It loads the model and then serves the scheduler's calls.
 
         :raises RuntimeError: the system, or an interpreter that is ending, starts no threads
         """
-        self._thread.start()
+        for number, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if number == 0:
+                    for replica in self._replicas:
+                        replica.close()
+                    raise
+                self._fail(error)
+                for _ in self._threads[number:]:
+                    self._ended()
+                return
 
     @property
     def state(self) -> str:
-        """``loading``, ``ready``, ``draining``, ``closed`` or ``failed``."""
+        """``loading``, ``ready``, ``broken``, ``draining``, ``closed`` or ``failed``."""
         if self.ready.done() and self.ready.exception() is not None:
             return "failed"
         if self.done.done():
             return "closed"
         if self._stopping:
             return "draining"
+        if self._all_broken:
+            return "broken"
         return "ready" if self.ready.done() else "loading"
 
     @property
@@ -86,6 +113,11 @@ class InferenceThread:
         """Its scheduler, and before it those of earlier threads that have not ended yet."""
         previous = self._previous
         return [self.scheduler] if previous is None else [*previous.schedulers, self.scheduler]
+
+    def runs(self, current: Callable[[], object]) -> bool:
+        """Whether ``here.current_call`` is that of one of its threads, or of an earlier one's."""
+        slots = [slot for scheduler in self.schedulers for slot in scheduler.slots]
+        return any(current == slot.current for slot in slots)
 
     @property
     def over(self) -> bool:
@@ -106,19 +138,21 @@ class InferenceThread:
         self.scheduler.stop()
 
     def stop_now(self) -> None:
-        """Send every caller away. A running call runs on; the thread ends with it."""
+        """Send every caller away, and end with the call that runs, sooner if it can be ended."""
         self.stop_soon()
         self.scheduler.drop_queued(stopped)
         name = self.scheduler.abandon_running(stopped)
         if name is not None:
             logger.warning("the runner %r stopped while %s was running", self._spec.name, name)
+        for replica in self._replicas:
+            replica.interrupt()
 
     def give_up_on(self, calls: list[Call]) -> bool:
         """Send the callers of ``calls`` away; if the thread is stuck in one of them, stop.
 
         :returns: whether it is
         """
-        stuck = self.scheduler.current() in calls
+        stuck = any(slot.current() in calls for slot in self.scheduler.slots)
         if stuck:
             self.stop_now()
         else:
@@ -127,8 +161,8 @@ class InferenceThread:
 
     def leave_behind(self) -> None:
         """In a forked child, where this thread does not exist: let nobody wait for it."""
-        # Its native threads did not come along: a destructor that joins them would hang.
-        leak(self._opened)
+        for replica in self._replicas:
+            replica.leave_behind()
         message = "this call belongs to the parent process"
         for call in self.scheduler.leave_behind(lambda _: Draining(message)):
             if isinstance(call.waiter, concurrent.futures.Future):
@@ -136,84 +170,171 @@ class InferenceThread:
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread's end; return whether it came."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            if thread.ident is not None:  # it was started
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                thread.join(left)
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def _main(self) -> None:
-        here.current_call = self.scheduler.current
+    def _main(self, slot: Slot, replica: Replica) -> None:
+        here.current_call = slot.current
         here.clock = self.scheduler.clock
-        contextvars.Context().run(self._live)  # from 3.14 on a thread may inherit its starter's
+        # From Python 3.14 on a thread may inherit its starter's context.
+        contextvars.Context().run(self._live, slot, replica)
 
-    def _live(self) -> None:
+    def _live(self, slot: Slot, replica: Replica) -> None:
         try:
-            worker = self._open()
-            if worker is not None:
-                self._opened = worker
-                self.ready.set_result(None)
-                self._serve(worker)
+            if self._open(slot, replica):
+                self._serve(slot, replica)
         finally:
+            self._close(replica)
+            self._ended()
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._alive -= 1
+            last = not self._alive
+        if last:
             self.done.set_result(None)
 
-    def _open(self) -> OpenWorker | None:
-        if self._previous is not None:
-            self._previous.join()
+    # -- the model -----------------------------------------------------------------------------
+
+    def _open(self, slot: Slot, replica: Replica) -> bool:
+        previous = self._previous
+        if previous is not None:
+            previous.join()
             self._previous = None
+        slot.wake_up, slot.notice = replica.wake_up, replica.notice
         try:
-            return self._worker.open(self._spec)
+            replica.open(partial(self.scheduler.set_down, slot, down=True))
         except BaseException as exception:
             self._fail(as_error(exception, (self._spec.load, ())))
-            return None
+            return False
+        with self._lock:
+            self._loading -= 1
+            loaded = not self._loading and not self._failed
+        if loaded:
+            self.ready.set_result(None)
+        return True
 
     def _fail(self, error: Exception) -> None:
         # What the frames hold may be half a model: it must go, here and now.
         traceback.clear_frames(error.__traceback__)
+        with self._lock:
+            first, self._failed = not self._failed, True
+        if not first:
+            return
         message = f"the model of {self._spec.name!r} did not load: {describe(error)}"
         self.scheduler.refuse(lambda again: NotReady(message, retry_after=again))
         self.scheduler.drop_queued(lambda _: NotReady(message, retry_after=retry_after(0.0)))
+        self.scheduler.stop()
+        for replica in self._replicas:
+            replica.interrupt()
         self.ready.set_exception(error)
 
-    def _serve(self, worker: OpenWorker) -> None:
-        spec = self._spec
+    def _restore(self, slot: Slot, replica: Replica) -> bool:
+        """Open the replica again, which was lost; False if it is time to stop before that."""
+        while (call := self.scheduler.take_suspended(slot)) is not None:
+            step_stream(replica, self.scheduler, call)  # fails: its generator is gone
+        while replica.lost:
+            delay = replica.restarts.note()
+            if replica.restarts.broken:
+                self._break(slot, delay)
+            if not self.scheduler.rest(slot, delay):
+                return False
+            try:
+                replica.open(partial(self.scheduler.set_down, slot, down=True))
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)
+                logger.warning(
+                    "the model of %r did not load again: %s", self._spec.name, describe(error)
+                )
+        self._recover(slot, replica)
+        return True
+
+    def _recover(self, slot: Slot, replica: Replica) -> None:
+        replica.restarts.recovered()
+        with self._lock:
+            self._broken.discard(slot)
+        self.scheduler.allow()
+        self.scheduler.set_down(slot, down=False)
+        logger.warning("the model of %r was lost, and has been loaded again", self._spec.name)
+
+    @property
+    def _all_broken(self) -> bool:
+        return len(self._broken) == len(self._replicas)
+
+    def _break(self, slot: Slot, seconds: float) -> None:
+        """``slot`` takes no calls for ``seconds``. If it was the last that did, nobody does."""
+        name, until = self._spec.name, self.scheduler.clock() + seconds
+        logger.error("the model of %r crashes again and again: next try in %g s", name, seconds)
+        with self._lock:
+            self._broken.add(slot)
+            nobody = self._all_broken
+        if not nobody:
+            return
+
+        def refusal(_: object) -> NotReady:
+            left = max(0.0, until - self.scheduler.clock())
+            return NotReady(
+                f"the model of {name!r} has crashed too often (see the log, and RestartPolicy); "
+                f"it is started again in {left:.3g} s",
+                retry_after=retry_after(left),
+            )
+
+        self.scheduler.refuse_for_now(refusal)
+        self.scheduler.drop_queued(refusal)
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def _serve(self, slot: Slot, replica: Replica) -> None:
         try:
-            watch = Watch(name=spec.name, native=spec.native, usage=self._usage, home=self._home)
-            while self._serve_burst(worker, watch):
-                pass
-        finally:
-            self.stop_now()  # no news, unless this very loop failed: nobody may wait for ever
-        self._opened = None
+            watch = Watch(
+                name=self._spec.name,
+                native=self._spec.native,
+                usage=self._usage,
+                home=self._home,
+                counted=replica.counted,
+                cpu_time=replica.cpu_time,
+                local=self._local,
+            )
+            while self._serve_burst(slot, replica, watch):
+                if slot.down and not self._restore(slot, replica):
+                    return
+        except BaseException:  # no call's: this very loop failed, and nobody may wait for ever
+            self.stop_now()
+            raise
+
+    def _close(self, replica: Replica) -> None:
         try:
-            worker.close()
+            replica.close()
         except BaseException:
             logger.exception("closing the model of %r failed", self._spec.name)
 
-    def _serve_burst(self, worker: OpenWorker, watch: Watch) -> bool:
+    def _serve_burst(self, slot: Slot, replica: Replica, watch: Watch) -> bool:
         """Run calls for as long as some are waiting. False when it is time to stop."""
         # In a function of its own: its locals, the call among them, die before the next sleep.
-        call = self.scheduler.take()
+        call = self.scheduler.take(slot)
         if call is None:
-            return False
+            return not slot.over
         watch.reset()
         while call is not None:
             if type(call) is StreamCall:
-                call = step_stream(worker, self.scheduler, call)
+                call = step_stream(replica, self.scheduler, call)
                 watch.reset()  # it may have slept until there was room for an item
                 continue
             if call.started >= watch.next_look:
                 watch.look_at(call)
             if type(call) is BatchCall:
-                run_batch(worker, self.scheduler, call)
+                run_batch(replica, self.scheduler, call)
                 watch.end(call)
                 call = self.scheduler.finish_batch(call)
             else:
-                value, error = run_call(worker, self.scheduler, call)
+                value, error = run_call(replica, self.scheduler, call)
                 watch.end(call)
                 call = self.scheduler.finish(call, value, error)
                 del value, error  # the caller's now, and its traceback refers to this frame
             if watch.news is not None:
                 watch.attend()
         return True
-
-
-def leak(thing: object) -> None:
-    """Never destroy ``thing``."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))

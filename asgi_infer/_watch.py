@@ -23,7 +23,7 @@ from ._foreign_pools import SLEEPY, ForeignPools
 from ._hints import Hints
 from ._statistics import Usage, moving_average
 from .native import NativePolicy
-from .native.procfs import thread_usage
+from .native.procfs import ThreadUsage, thread_usage
 
 logger = logging.getLogger("asgi_infer")
 
@@ -41,16 +41,30 @@ class Watch:
     :param native: what its model runs under
     :param usage: where the figures go
     :param home: the event loop that the runner was started on, if there was one
+    :param counted: what the system has counted for the thread that runs the model
+    :param cpu_time: seconds of CPU that its process has used
+    :param local: whether that is this one
     :ivar next_look: when to look at a call more closely; never while one is looked at
     :ivar news: what is left to do about the call that has just ended, if anything
     """
 
     def __init__(
-        self, *, name: str, native: NativePolicy, usage: Usage, home: Port | None = None
+        self,
+        *,
+        name: str,
+        native: NativePolicy,
+        usage: Usage,
+        home: Port | None = None,
+        counted: Callable[[], ThreadUsage] = thread_usage,
+        cpu_time: Callable[[], float] = time.process_time,
+        local: bool = True,
     ) -> None:
         self.next_look = 0.0
         self.news: Callable[[], None] | None = None
         self._usage = usage
+        self._counted = counted
+        self._cpu_time = cpu_time
+        self._local = local
         self._pools = ForeignPools(name, usage, threads=native.thread_count, home=home)
         self._hints = Hints(name, native, usage)
         self._switches = 0
@@ -60,18 +74,18 @@ class Watch:
 
     def reset(self) -> None:
         """Start counting: what the thread did before, such as sleeping, is no call's."""
-        counted = thread_usage()
+        counted = self._counted()
         self._switches = counted.ru_nvcsw
         self._faults = counted.ru_minflt
 
     def look_at(self, call: Call) -> None:
         """``call`` is about to run: look at it more closely."""
         self.next_look = math.inf
-        self._look = Look(call)
+        self._look = Look(call, self._cpu_time)
 
     def end(self, call: Call) -> None:
         """``call`` has run; its outcome is not yet known to anybody."""
-        counted = thread_usage()
+        counted = self._counted()
         switches, self._switches = counted.ru_nvcsw - self._switches, counted.ru_nvcsw
         faults, self._faults = counted.ru_minflt - self._faults, counted.ru_minflt
         usage = self._usage
@@ -80,7 +94,8 @@ class Watch:
             usage.switches_per_call = _faded(usage.switches_per_call, switches)
         if faults or usage.faults_per_call:
             usage.faults_per_call = _faded(usage.faults_per_call, faults)
-        sign = switches >= SLEEPY or self._pools.alert
+        # What else runs in the process of a model elsewhere can't be told from here.
+        sign = self._local and (switches >= SLEEPY or self._pools.alert)
         if (sign or self._look is not None) and not self._given_up:
             self.news = self._news(call, switches, faults, sign=sign)
 
@@ -123,7 +138,8 @@ class Watch:
         usage.cores_used = moving_average(usage.cores_used, look.cores_used)
         if look.lag is not None:
             usage.loop_lag = moving_average(usage.loop_lag, look.lag)
-        self._pools.look(look.func, look.port)
+        if self._local:
+            self._pools.look(look.func, look.port)
         self._hints.consider(look)
 
 
@@ -148,7 +164,7 @@ class Look:
     :ivar func: the name of its function
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, cpu_time: Callable[[], float] = time.process_time) -> None:
         # Not call.started: what the thread did for the call before may have come in between.
         self.started = time.monotonic()
         self.port = call.port
@@ -158,7 +174,8 @@ class Look:
         self.cores_used = 0.0
         self.faults = 0
         self.func = ""
-        self._cpu = time.process_time()
+        self._cpu_time = cpu_time
+        self._cpu = cpu_time()
         self._due = self.started
         if not self.port.call_soon_threadsafe(self._answer):
             self.answered = True
@@ -167,7 +184,7 @@ class Look:
         """The call has run."""
         # More than nothing, whatever the clock's resolution.
         self.seconds = max(1e-9, time.monotonic() - self.started)
-        self.cores_used = (time.process_time() - self._cpu) / self.seconds
+        self.cores_used = (self._cpu_time() - self._cpu) / self.seconds
         self.faults = faults
         self.func = func
 

@@ -297,7 +297,7 @@ class Desk:
     def end(self, seconds: float = 0.0) -> list[Any]:
         """The batch that runs has ended; the items of the next one, if there is one."""
         self.clock.now += seconds
-        leader = self.scheduler.current()
+        leader = self.scheduler.slots[0].current()
         assert type(leader) is BatchCall
         self.scheduler.settle((member, None, None) for member in leader.members)
         following = self.scheduler.finish_batch(leader)
@@ -501,7 +501,7 @@ def test_under_way(desk: Desk) -> None:
     assert desk.scheduler.under_way() == calls
     desk.take()
     assert desk.scheduler.under_way() == calls
-    assert desk.scheduler.current() is calls[0]
+    assert desk.scheduler.slots[0].current() is calls[0]
 
 
 def test_a_forked_child_finds_all(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,8 +554,8 @@ def test_hold(desk: Desk) -> None:
     assert desk.poll() is None
     gap = function._gap
     assert gap == pytest.approx(0.001, rel=0.2)
-    assert desk.scheduler._look_again == pytest.approx(desk.clock.now + 2 * gap, rel=1e-9)
-    desk.clock.now = desk.scheduler._look_again
+    assert desk.scheduler.slots[0].look_again == pytest.approx(desk.clock.now + 2 * gap, rel=1e-9)
+    desk.clock.now = desk.scheduler.slots[0].look_again
     assert desk.take() == ["a", "b"]
 
 
@@ -579,7 +579,7 @@ def test_hold_after_a_batch(desk: Desk) -> None:
     desk.clock.now += 1.0
     desk.admit(function, "b")
     assert desk.end() == []
-    assert desk.scheduler.current() is None
+    assert desk.scheduler.slots[0].current() is None
     assert desk.counters.running == 0
 
 
@@ -615,7 +615,7 @@ def test_no_hold_past_a_deadline(desk: Desk) -> None:
     function = fast()
     desk.admit(function, "a", seconds=1.0035)
     assert desk.poll() is None
-    assert desk.scheduler._look_again == pytest.approx(desk.clock.now + 0.0015, abs=1e-6)
+    assert desk.scheduler.slots[0].look_again == pytest.approx(desk.clock.now + 0.0015, abs=1e-6)
     desk.scheduler.leave(desk.scheduler.waiting()[0], Departure.CANCELLED)
     desk.admit(function, "b", seconds=1.002)
     assert desk.take() == ["b"]
@@ -628,7 +628,7 @@ def test_hold_counts_from_the_oldest(desk: Desk) -> None:
     desk.clock.now += 0.0005
     desk.admit(function, "urgent")
     assert desk.poll() is None
-    assert desk.scheduler._look_again == pytest.approx(1000.001, rel=1e-9)
+    assert desk.scheduler.slots[0].look_again == pytest.approx(1000.001, rel=1e-9)
 
 
 def test_the_thread_wakes_up_by_itself() -> None:
@@ -706,7 +706,7 @@ def test_not_woken_when_the_nap_is_over(desk: Desk, wake_up: WakeUp) -> None:
     first = desk.admit(function, "a")
 
     def time_passes() -> None:
-        desk.clock.now = desk.scheduler._look_again
+        desk.clock.now = desk.scheduler.slots[0].look_again
 
     wake_up.meanwhile = time_passes
     assert desk.scheduler.take() is first

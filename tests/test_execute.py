@@ -126,7 +126,7 @@ def batches() -> BatchBench:
 @pytest.fixture
 def on_thread(batches: BatchBench, monkeypatch: pytest.MonkeyPatch) -> BatchBench:
     """The same on what passes for an inference thread: ``check_cancelled`` knows its calls."""
-    monkeypatch.setattr(here, "current_call", batches.scheduler.current)
+    monkeypatch.setattr(here, "current_call", batches.scheduler.slots[0].current)
     monkeypatch.setattr(here, "clock", batches.scheduler.clock)
     return batches
 

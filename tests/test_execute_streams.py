@@ -94,7 +94,7 @@ class StreamBench:
 @pytest.fixture
 def bench() -> Iterator[StreamBench]:
     bench = StreamBench()
-    here.current_call = bench.scheduler.current
+    here.current_call = bench.scheduler.slots[0].current
     yield bench
     here.current_call = None
 
@@ -598,7 +598,7 @@ def test_wait_among_interleaved_streams(bench: StreamBench) -> None:
     bench.scheduler.admit(make_call())
     bench.scheduler.admit(make_call())
     assert needs(bench) == 2 + 2 * 10 + 10
-    stream = bench.scheduler.current()
+    stream = bench.scheduler.slots[0].current()
     assert isinstance(stream, StreamCall)
     running = bench.step(stream)
     assert running is not None
@@ -656,7 +656,7 @@ class Books(RuleBasedStateMachine):
         """What the thread does."""
         if self.running is None:
             self.running, _ = self.bench.scheduler.poll()
-            self.bench.scheduler._idle = False  # nobody sleeps here
+            self.bench.scheduler._idle.clear()  # nobody sleeps here
             if self.running is not None and self.running.state is not CallState.RUNNING:
                 self.running = None
         elif isinstance(self.running, StreamCall):

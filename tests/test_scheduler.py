@@ -124,12 +124,12 @@ def test_call_that_returns(desk: Desk, clock: Clock) -> None:
     clock.now += 2
     assert desk.take() is call
     states = [call.state]
-    assert desk.scheduler.current() is call
+    assert desk.scheduler.slots[0].current() is call
     desk.books(submitted=1, running=1)
     clock.now += 3
     desk.scheduler.finish(call, "result", None)
     assert [*states, call.state] == [CallState.RUNNING, CallState.FINISHED]
-    assert desk.scheduler.current() is None
+    assert desk.scheduler.slots[0].current() is None
     assert call.outcome() == "result"
     assert (call.started - call.arrived, call.ended - call.started) == (2, 3)
     assert desk.port.posted == ["waiter"]
@@ -165,7 +165,7 @@ def test_end_claims_the_next(desk: Desk) -> None:
     first, second = desk.admit("first"), desk.admit("second")
     desk.take()
     assert desk.scheduler.finish(first, None, None) is second
-    assert desk.scheduler.current() is second
+    assert desk.scheduler.slots[0].current() is second
     desk.books(submitted=2, completed=1, running=1)
     assert desk.scheduler.finish(second, None, None) is None
     assert desk.port.posted == ["first", "second"]
@@ -212,7 +212,7 @@ def test_queue_full_predicts_the_wait(clock: Clock) -> None:
     desk.scheduler.finish(call, None, None)
     for _ in range(4):
         desk.admit()
-        if desk.scheduler.current() is None:
+        if desk.scheduler.slots[0].current() is None:
             desk.take()
     clock.now += 1  # of the running call's 4 seconds
     with pytest.raises(QueueFull) as caught:
@@ -263,7 +263,7 @@ def test_own_time_counts_behind_others_only(desk: Desk, clock: Clock) -> None:
     desk.admit()
     desk.take()
     clock.now += 10
-    desk.scheduler.finish(desk.scheduler.current() or desk.call(), None, None)
+    desk.scheduler.finish(desk.scheduler.slots[0].current() or desk.call(), None, None)
     assert desk.admit(deadline=clock.now + 0.1) is desk.take()
 
 
@@ -501,7 +501,7 @@ def test_who_has_waited_is_shed(clock: Clock) -> None:
     clock.now += 5.1
     new = desk.admit("new", deadline=clock.now + TIME)
     clock.now += 5.0
-    running = desk.scheduler.current()
+    running = desk.scheduler.slots[0].current()
     assert running is not None
     assert desk.scheduler.finish(running, None, None) is None
     assert desk.take() is new
@@ -533,7 +533,7 @@ def test_no_time_limit_no_hurry(clock: Clock, overload: Overload) -> None:
     patient = desk.admit()
     clock.now += 10 * TIME
     desk.admit(deadline=clock.now + TIME)
-    running = desk.scheduler.current()
+    running = desk.scheduler.slots[0].current()
     assert running is not None
     assert desk.scheduler.finish(running, None, None) is patient
 
@@ -543,7 +543,7 @@ def test_newest_first(clock: Clock) -> None:
     desk = standing(clock, NEWEST)
     calls = [desk.admit(number, deadline=clock.now + TIME) for number in range(3)]
     clock.now += TIME / 2
-    running = desk.scheduler.current()
+    running = desk.scheduler.slots[0].current()
     assert running is not None
     assert desk.scheduler.finish(running, None, None) is calls[2]
     clock.now += TIME / 2
@@ -557,7 +557,7 @@ def test_newest_ends_when_the_oldest_waits_no_more(clock: Clock) -> None:
     desk = standing(clock, NEWEST)
     first, second = (desk.admit(deadline=clock.now + TIME) for _ in range(2))
     clock.now += 1.9
-    running = desk.scheduler.current()
+    running = desk.scheduler.slots[0].current()
     assert running is not None
     assert desk.scheduler.finish(running, None, None) is second
     clock.now += 0.2
@@ -588,7 +588,7 @@ def test_the_only_one_is_not_shed(clock: Clock) -> None:
     desk = standing(clock)
     only = desk.admit("only", deadline=clock.now + TIME)
     clock.now += 0.9 * TIME
-    running = desk.scheduler.current()
+    running = desk.scheduler.slots[0].current()
     assert running is not None
     assert desk.scheduler.finish(running, None, None) is only
 
@@ -633,7 +633,7 @@ def test_waiting_is_a_policy_too(clock: Clock) -> None:
     with pytest.raises(QueueFull):
         desk.admit()
     clock.now += 0.9 * TIME
-    running = desk.scheduler.current()
+    running = desk.scheduler.slots[0].current()
     assert running is not None
     assert desk.scheduler.finish(running, None, None) is first
     assert desk.scheduler.finish(first, None, None) is second
@@ -643,7 +643,7 @@ def test_an_idle_runner_is_not_overloaded(clock: Clock) -> None:
     """Where nothing comes any more nothing ends it. Who keeps clients away for as long as
     ``overloaded`` says so would do so for ever."""
     desk = standing(clock)
-    running = desk.scheduler.current()
+    running = desk.scheduler.slots[0].current()
     assert running is not None
     desk.scheduler.finish(running, None, None)
     seen = [desk.scheduler.overloaded]

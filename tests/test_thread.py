@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import pytest
@@ -32,15 +33,19 @@ from asgi_infer._future import FUTURE_PORT, CallFuture
 from asgi_infer._model import name_of
 from asgi_infer._scheduler import Scheduler
 from asgi_infer._statistics import Counters, Usage
-from asgi_infer._thread import InferenceThread, leak
+from asgi_infer._thread import InferenceThread
 from asgi_infer.workers._protocol import ModelSpec
+from asgi_infer.workers.thread import ThreadReplica, leak
 
 from .calls import RecordingPort, make_call
 from .gates import LIMIT, Gate
 
 
-class NotingWorker:
-    """A worker, open or not, that notes what happens, and on which thread."""
+class NotingWorker(ThreadReplica):
+    """A worker, and all its replicas, that notes what happens, and on which thread."""
+
+    replicas = 1
+    local = True
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -49,13 +54,16 @@ class NotingWorker:
         self.close_error: BaseException | None = None
         self.loading: Callable[[], object] | None = None
 
-    def open(self, spec: ModelSpec, /) -> NotingWorker:
-        self.note(f"open {spec.name}")
+    def replica(self, spec: ModelSpec, number: int, /) -> NotingWorker:
+        self.name = spec.name
+        return self
+
+    def open(self, lost: Callable[[], object], /) -> None:
+        self.note(f"open {self.name}")
         if self.loading is not None:
             self.loading()
         if self.open_error is not None:
             raise self.open_error
-        return self
 
     def execute(self, work: Work, context: contextvars.Context, /) -> Any:
         del context
@@ -113,7 +121,7 @@ def bench() -> Iterator[Bench]:
     """A bench that has not been started; stopped in the end if it was."""
     bench = Bench()
     yield bench
-    if bench.thread._thread.ident is not None:
+    if bench.thread._threads[0].ident is not None:
         bench.stop()
 
 
@@ -544,9 +552,10 @@ def test_leave_behind(started: Bench, gate: Gate) -> None:
     gate.wait_entered()
     port = RecordingPort()
     started.scheduler.admit(make_call(port=port, waiter="awaited"))
-    references = [sys.getrefcount(started.worker)]
+    started.worker._model, started.worker._stack = Thing(), ExitStack()
+    references = [sys.getrefcount(started.worker._model)]
     started.thread.leave_behind()
-    references.append(sys.getrefcount(started.worker))
+    references.append(sys.getrefcount(started.worker._model))
     assert references[1] == references[0] + 1
     for future in (running, waiting):
         assert "belongs to the parent process" in str(future.exception(0))

@@ -84,9 +84,9 @@ def test_one_look_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[float] = []
 
     class Counted(_watch.Look):
-        def __init__(self, call: Any) -> None:
+        def __init__(self, call: Any, *args: Any) -> None:
             looks.append(call.started)
-            super().__init__(call)
+            super().__init__(call, *args)
 
     monkeypatch.setattr(_watch, "Look", Counted)
     start = time.monotonic()

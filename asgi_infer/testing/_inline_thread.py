@@ -18,8 +18,8 @@ from .._call import Call, CallState, Work, here
 from .._errors import ReentrantCall
 from .._scheduler import Scheduler
 from .._thread import InferenceThread
-from ..workers._protocol import ModelSpec, OpenWorker, Steps
-from ..workers.thread import OpenThreadWorker, load_model
+from ..workers._protocol import ModelSpec, Replica, Steps
+from ..workers.thread import ThreadReplica, load_model
 from ._clock import VirtualClock
 from ._faults import Fault, FullQueue
 from ._turns import run_turn
@@ -34,6 +34,8 @@ class InlineThread(InferenceThread):
         self._load = load
         self._turn = RLock()
         self._busy = False  # guarded by _turn
+        self._opened: Replica | None = None
+        self._replica = InlineReplica(self._spec, load, fault, self.scheduler)
         cast("InlineScheduler", self.scheduler).attach(self)
 
     @property
@@ -45,11 +47,11 @@ class InlineThread(InferenceThread):
     def start(self) -> None:
         """Load the model, here and now."""
         with self._turn, self._as_model_thread():
-            self._opened = Context().run(self._open)
-        if self._opened is None:
-            self.done.set_result(None)
+            loaded = Context().run(self._open, self.scheduler.slots[0], self._replica)
+        if loaded:
+            self._opened = self._replica
         else:
-            self.ready.set_result(None)
+            self.done.set_result(None)
 
     def stop_soon(self) -> None:
         """Refuse new calls; the model goes as soon as no stream is open."""
@@ -68,13 +70,13 @@ class InlineThread(InferenceThread):
                 with self._as_model_thread():
                     self._run(self._opened)
 
-    def _run(self, worker: OpenWorker) -> None:
+    def _run(self, replica: Replica) -> None:
         scheduler = cast("InlineScheduler", self.scheduler)
         while True:
             call, over = scheduler.poll()
             if over:
                 self._opened = None
-                worker.close()
+                replica.close()
                 self.done.set_result(None)
                 return
             if call is None:
@@ -82,18 +84,14 @@ class InlineThread(InferenceThread):
                     return
             elif call.state is CallState.RUNNING:
                 while call is not None:
-                    call = run_turn(worker, scheduler, call)
+                    call = run_turn(replica, scheduler, call)
             else:
                 call.port.post(call.waiter)
-
-    def _open(self) -> OpenWorker | None:
-        self._worker = _InlineWorker(self._load, self.fault, self.scheduler)
-        return super()._open()
 
     @contextmanager
     def _as_model_thread(self) -> Iterator[None]:
         before = here.current_call, here.clock
-        here.current_call, here.clock = self.scheduler.current, self.scheduler.clock
+        here.current_call, here.clock = self.scheduler.slots[0].current, self.scheduler.clock
         self._busy = True
         try:
             with ExitStack() as stack:
@@ -149,7 +147,7 @@ class InlineScheduler(Scheduler):
         if not self.queued:
             return False
         clock = cast("VirtualClock", self.clock)
-        clock.now = max(clock.now, self._look_again)
+        clock.now = max(clock.now, self.slots[0].look_again)
         return True
 
     def resume(self, call: StreamCall) -> None:
@@ -158,37 +156,31 @@ class InlineScheduler(Scheduler):
         self._thread.take_turns()
 
 
-# -- in place of the worker ----------------------------------------------------------------------
+# -- in place of the replica ---------------------------------------------------------------------
 
 
-class _InlineWorker:
-    """Loads the model where it is called, and sets nothing for that thread."""
+class InlineReplica(ThreadReplica):
+    """A model on the thread that calls it, of which nothing is set; faults strike there."""
 
     def __init__(
-        self, load: Callable[[], object] | None, fault: Fault, scheduler: Scheduler
+        self,
+        spec: ModelSpec,
+        load: Callable[[], object] | None,
+        fault: Fault,
+        scheduler: Scheduler,
     ) -> None:
+        super().__init__(spec)
         self._load = load
         self._fault = fault
         self._scheduler = scheduler
 
-    def open(self, spec: ModelSpec, /) -> OpenInlineWorker:
+    def open(self, lost: Callable[[], object], /) -> None:
         """Load the model; warm it up if it is the one that the warm-up is for."""
-        model = None if self._load is None else load_model(self._load)
-        if spec.warmup is not None and self._load is spec.load:
-            spec.warmup(model)
-        return OpenInlineWorker(spec, model, self._fault, self._scheduler)
-
-
-class OpenInlineWorker(OpenThreadWorker):
-    """A model on the thread that calls it; faults strike there."""
-
-    def __init__(self, spec: ModelSpec, model: Any, fault: Fault, scheduler: Scheduler) -> None:
-        self._spec = spec
-        self._model = model
-        self._stack = ExitStack()
+        del lost
         self._stack.callback(self._destroy)
-        self._fault = fault
-        self._scheduler = scheduler
+        self._model = None if self._load is None else load_model(self._load)
+        if self._spec.warmup is not None and self._load is self._spec.load:
+            self._spec.warmup(self._model)
 
     def execute(self, work: Work, context: Context, /) -> Any:
         """Call the function in its caller's context."""
@@ -220,12 +212,12 @@ class OpenInlineWorker(OpenThreadWorker):
 class _Steps:
     """A generator of which every step is a turn."""
 
-    def __init__(self, steps: Steps, worker: OpenInlineWorker) -> None:
+    def __init__(self, steps: Steps, replica: InlineReplica) -> None:
         self._steps = steps
-        self._worker = worker
+        self._replica = replica
 
     def __next__(self) -> Any:
-        with self._worker.turn():
+        with self._replica.turn():
             return next(self._steps)
 
     def close(self) -> None:

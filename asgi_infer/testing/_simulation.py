@@ -28,6 +28,7 @@ from .._call import Call, Departure, Work
 from .._errors import InferenceError
 from .._queue_policy import QueuePolicy
 from .._scheduler import Scheduler
+from .._slot import Slot
 from .._stacking import any_item, as_list, results
 from .._statistics import Counters
 from ..workers._protocol import Steps
@@ -122,10 +123,10 @@ class World:
 
     def run(self) -> Report:
         """Be the inference thread, until nothing is to come."""
-        worker = _Worker()
+        replica = _Replica()
         while (call := self.scheduler.take()) is not None:
             while call is not None:
-                call = run_turn(worker, self.scheduler, call)
+                call = run_turn(replica, self.scheduler, call)
         return Report(
             outcomes=tuple(self.outcomes),
             duration=max((outcome.ended for outcome in self.outcomes), default=0.0),
@@ -319,13 +320,14 @@ class _Scheduler(Scheduler):
         """Say where events come from. To be called once, before the first call."""
         self._world = world
 
-    def _sleep(self) -> None:
-        while self._idle and self._world.next_event(self._look_again):
+    def _sleep(self, slot: Slot) -> bool:
+        while slot in self._idle and self._world.next_event(slot.look_again):
             pass
-        if self._idle and self._look_again == math.inf:
+        if slot in self._idle and slot.look_again == math.inf:
             self.stop()  # nothing is to come any more
-        self._idle = False
-        self._wake_up.acquire(blocking=False)
+        self._idle.clear()
+        slot.wake_up.acquire(timeout=0)
+        return True
 
 
 class _Buffer(StreamBuffer):
@@ -344,7 +346,7 @@ class _Buffer(StreamBuffer):
         return not self.full
 
 
-class _Worker:
+class _Replica:
     """Where the simulated model lives."""
 
     def execute(self, work: Work, context: Context, /) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,8 +14,11 @@ from dataclasses import dataclass
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, NoReturn
 
-from .._call import Work
+from .._call import Call, Work
 from .._model import name_of, resolve_work
+from .._restarts import NEVER
+from .._slot import Latch
+from ..native.procfs import thread_usage
 from ._protocol import LazyResult, ModelSpec, Steps
 
 _LAZY = {
@@ -34,16 +40,46 @@ class ThreadWorker:
     PyTorch, scikit-learn and ONNX Runtime do.
     """
 
-    def open(self, spec: ModelSpec, /) -> OpenThreadWorker:
-        """Set this thread up, load the model on it, and warm it up."""
-        return OpenThreadWorker(spec)
+    @property
+    def replicas(self) -> int:
+        """One: a second one in the same process would slow both down."""
+        return 1
+
+    @property
+    def local(self) -> bool:
+        """The model lives in this process."""
+        return True
+
+    def replica(self, spec: ModelSpec, number: int, /) -> ThreadReplica:
+        """The model of ``spec``, on the thread that opens it."""
+        del number
+        return ThreadReplica(spec)
 
 
-class OpenThreadWorker:
+class ThreadReplica:
     """A model on the current thread, and the contexts that it runs in."""
+
+    restarts = NEVER
+    lost = False
+    counted = staticmethod(thread_usage)
+    cpu_time = staticmethod(time.process_time)
 
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec  # what references to this model carry as their owner
+        self._model: Any = None
+        self._stack = ExitStack()
+
+    @property
+    def wake_up(self) -> Latch:
+        """A lock that is held until it is released."""
+        lock = threading.Lock()
+        lock.acquire()
+        return lock
+
+    def open(self, lost: Callable[[], object], /) -> None:
+        """Set this thread up, load the model on it, and warm it up."""
+        del lost  # it goes with the process
+        spec = self._spec
         with ExitStack() as stack:
             spec.native.enter(stack, name=spec.name)
             self._model = None if spec.load is None else load_model(spec.load)
@@ -80,6 +116,17 @@ class OpenThreadWorker:
         """Destroy the model on this thread, then leave the contexts."""
         self._stack.close()
 
+    def interrupt(self) -> None:
+        """A function on a thread can't be ended from outside."""
+
+    def leave_behind(self) -> None:
+        """Its native threads did not come along: a destructor that joins them would hang."""
+        leak(self._model)
+        leak(self._stack)
+
+    def notice(self, call: Call, /) -> None:
+        """``check_cancelled()`` looks at the call itself."""
+
     def _destroy(self) -> None:
         try:
             model = weakref.ref(self._model)
@@ -114,6 +161,11 @@ class OpenGenerator:
         del self._generator, self._func
         if close is not None:
             self._context.run(close)
+
+
+def leak(thing: object) -> None:
+    """Never destroy ``thing``."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def load_model(load: Callable[[], Any]) -> Any:

@@ -74,7 +74,7 @@ class WatchedWorld(World):
         self.spending = False
 
     def running(self) -> list[Call]:
-        call = self.scheduler.current()
+        call = self.scheduler.slots[0].current()
         assert call is not None
         return [*call.members] if type(call) is BatchCall else [call]
 

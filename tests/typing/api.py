@@ -36,7 +36,7 @@ from asgi_infer import (
 )
 from asgi_infer.fastapi import RunnerDep, get_runner, named
 from asgi_infer.workers import ThreadWorker
-from asgi_infer.workers._protocol import ModelSpec, OpenWorker, Worker
+from asgi_infer.workers._protocol import ModelSpec, Replica, Worker
 
 Image = NDArray[np.float32]
 
@@ -210,8 +210,8 @@ def inside() -> None:
 def working(spec: ModelSpec) -> None:
     """Workers are anything that keeps to the protocol."""
     worker: Worker = ThreadWorker()
-    opened: OpenWorker = worker.open(spec)
-    opened.close()
+    replica: Replica = worker.replica(spec, 0)
+    replica.close()
 
 
 Vector = NDArray[np.float32]

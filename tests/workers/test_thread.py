@@ -18,7 +18,7 @@ from asgi_infer._model import ModelReference
 from asgi_infer.native import openmp
 from asgi_infer.workers import ThreadWorker
 from asgi_infer.workers._protocol import ModelSpec, Steps
-from asgi_infer.workers.thread import OpenThreadWorker
+from asgi_infer.workers.thread import ThreadReplica
 
 from ..calls import work_of
 from ..threads import on_new_thread
@@ -78,11 +78,18 @@ def make_spec(load: Callable[[], Any] | None = Model, **options: Any) -> ModelSp
     return ModelSpec(name="test", load=load, warmup=options.pop("warmup", None), native=native)
 
 
-def on_worker(spec: ModelSpec, func: Callable[[OpenThreadWorker], Any]) -> Any:
+def opened(spec: ModelSpec, worker: ThreadWorker = ThreadWorker()) -> ThreadReplica:
+    """The model, on this thread."""
+    replica = worker.replica(spec, 0)
+    replica.open(lambda: None)
+    return replica
+
+
+def on_worker(spec: ModelSpec, func: Callable[[ThreadReplica], Any]) -> Any:
     """``func(worker)`` where the worker lives, on a thread that ends with it."""
 
     def live() -> Any:
-        worker = ThreadWorker().open(spec)
+        worker = opened(spec)
         try:
             return func(worker)
         finally:
@@ -231,7 +238,7 @@ def test_context_of_all_steps() -> None:
         finally:
             seen.append(variable.get())
 
-    def step_and_close(worker: OpenThreadWorker) -> None:
+    def step_and_close(worker: ThreadReplica) -> None:
         steps = worker.iterate(*work)
         next(steps)
         steps.close()
@@ -293,7 +300,7 @@ def test_lazy_items_are_refused(func: Callable[[], Any], kind: str) -> None:
 def test_closed_steps_keep_nothing() -> None:
     """A traceback may lead to the steps: once they are closed they hold no model any more."""
 
-    def live(worker: OpenThreadWorker) -> bool:
+    def live(worker: ThreadReplica) -> bool:
         counting = Counting()
         steps = worker.iterate(*work_of(counting.count, 3))
         next(steps)
@@ -353,7 +360,7 @@ def test_failure_undoes_what_was_done(stage: str) -> None:
 
     def open_and_catch() -> None:
         with pytest.raises(LookupError):
-            ThreadWorker().open(spec)
+            opened(spec)
 
     on_new_thread(open_and_catch)
     if stage == "load":
@@ -368,11 +375,11 @@ def test_one_description_for_many() -> None:
     assert worker == ThreadWorker()
 
     def open_two() -> list[bool]:
-        opened = [worker.open(make_spec()) for _ in range(2)]
-        models = [weakref.ref(each._model) for each in opened]
-        opened[0].close()
+        replicas = [opened(make_spec(), worker) for _ in range(2)]
+        models = [weakref.ref(each._model) for each in replicas]
+        replicas[0].close()
         alive = [model() is not None for model in models]
-        opened[1].close()
+        replicas[1].close()
         return alive
 
     assert on_new_thread(open_two) == [False, True]
