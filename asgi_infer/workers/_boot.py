@@ -8,18 +8,21 @@ and no more, and goes on in the same module under its proper name.
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import sys
 import threading
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict
 
-PACKAGES = ("asgi_infer", "asgi_infer.workers")
-
 MAIN = "__mp_main__"
 """What the parent's main module is called in a child, as multiprocessing calls it."""
+
+in_child = False
+"""Whether this process was started by this file."""
 
 parent_main: str | None = None
 """The main module of the parent: an absolute path, or a name; None if it is no file."""
@@ -76,7 +79,7 @@ def main_module(path_or_name: str | None) -> ModuleType:
     module = ModuleType(MAIN)
     importing_main = True
     try:
-        if os.path.isabs(path_or_name):  # noqa: PTH117  # pathlib takes long to import
+        if Path(path_or_name).is_absolute():
             content = runpy.run_path(path_or_name, run_name=MAIN)
         else:
             content = runpy.run_module(path_or_name, run_name=MAIN, alter_sys=True)
@@ -133,19 +136,30 @@ def _execute(package: ModuleType) -> None:
     package.__class__ = ModuleType
 
 
-def make_lazy(name: str) -> None:
-    """Put a package in its place without running it."""
-    from importlib.util import find_spec, module_from_spec
+def make_lazy(name: str, directory: Path) -> None:
+    """Put a package in its place without running it.
 
-    spec = find_spec(name)
-    if spec is None:
-        raise ModuleNotFoundError(f"no module named {name!r} on {sys.path}", name=name)
+    It is the parent's, wherever that was found.
+    """
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location(
+        name, directory / "__init__.py", submodule_search_locations=[str(directory)]
+    )
+    assert spec is not None  # noqa: S101  # for the types: a name in .py has a loader
     package = module_from_spec(spec)
     package.__class__ = LazyPackage
     sys.modules[name] = package
     parent, _, child = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], child, package)
+
+
+def make_ourselves_lazy() -> None:
+    """The package that this file is in, and the one in that."""
+    workers = Path(__file__).parent.absolute()
+    make_lazy("asgi_infer", workers.parent)
+    make_lazy("asgi_infer.workers", workers)
 
 
 def end_with_parent(parent: int) -> None:
@@ -183,14 +197,32 @@ def leave_signals_to_parent() -> None:
 
 def arrange_output(dump_signal: int) -> None:
     """Lines go out when they are complete, and a crash leaves the stacks of all threads."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(  # type: ignore[union-attr]
-            encoding="utf-8", errors="backslashreplace", line_buffering=True
-        )
+    sys.stdout, sys.stderr = map(_lines_to, (1, 2))
     if sys.platform == "linux":
         _line_buffer_c()
     faulthandler.enable(2)
     faulthandler.register(dump_signal, 2)
+
+
+class Unbroken(io.FileIO):
+    """Where to write to as long as somebody reads. The parent of a shared model may have ended,
+    and what prints must not fail for that.
+    """
+
+    def write(self, data: Any, /) -> int:
+        """Write, or throw it away, like all that comes later, native code's included."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return len(data)
+
+
+def _lines_to(fd: int) -> io.TextIOWrapper:
+    raw = io.BufferedWriter(Unbroken(fd, "wb", closefd=False))
+    return io.TextIOWrapper(raw, "utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def resolve(target: str) -> Callable[..., object]:
@@ -205,7 +237,7 @@ def resolve(target: str) -> Callable[..., object]:
 def _prctl(option: int, value: int) -> None:
     import ctypes
 
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    ctypes.CDLL(None).prctl(option, *map(ctypes.c_ulong, (value, 0, 0, 0)))
 
 
 def _line_buffer_c() -> None:
@@ -221,7 +253,7 @@ def _line_buffer_c() -> None:
 
 def run(setup: Setup) -> None:
     """Set this process up, and call the target."""
-    global parent_main
+    global in_child, parent_main
     import signal
 
     if setup["parent"]:
@@ -234,7 +266,7 @@ def run(setup: Setup) -> None:
     for fd in setup["fds"] + setup["lifeline"]:
         os.set_inheritable(fd, False)  # not for what the model starts in turn
     sys.argv = setup["argv"]
-    parent_main = setup["main"]
+    in_child, parent_main = True, setup["main"]
     resolve(setup["target"])(*setup["fds"])
 
 
@@ -245,10 +277,9 @@ def _start() -> None:
     with open(int(sys.argv[1]), "rb") as file:  # noqa: PTH123
         setup: Setup = marshal.load(file)  # noqa: S302  # the parent's
     sys.path[:] = setup["path"]
-    for name in PACKAGES:
-        make_lazy(name)
+    make_ourselves_lazy()
     resolve("asgi_infer.workers._boot:run")(setup)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no cover  # in another process, which isn't measured
     _start()

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from io import FileIO
+from pathlib import Path
 from typing import BinaryIO, cast
 
 from . import _boot
@@ -81,11 +82,14 @@ class Child:
     ) -> None:
         _boot.refuse_while_importing_main()
         self.name = name
-        # Guards what other threads use: the sentinel while it is open, and the two below.
-        self._lock = threading.Lock()
+        # Guards what other threads use: the sentinel while it is open, and the three below.
+        # Reentrant, since the garbage collector may interrupt whoever holds it to interrupt.
+        self._lock = threading.RLock()
         self._reaped = False  # whether its id may be another's by now
         self._killed = False  # whether it was killed from here
         self._status_lost = False
+        if not _boot.in_child:  # what children send back of the main module goes by that name
+            sys.modules.setdefault(_boot.MAIN, sys.modules["__main__"])
         with ExitStack() as stack:
             self._start(stack, list(fds), die_with_parent, target)
             stack.pop_all()
@@ -144,10 +148,25 @@ class Child:
 
     # -- its end -------------------------------------------------------------------------------
 
+    def ended(self, within: float = 0) -> bool:
+        """Whether it has ended, after some seconds at the most. What it writes is logged
+        meanwhile, since it could not end while it waits for somebody to read.
+        """
+        deadline = time.monotonic() + within
+        while not self._reap():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            if _readable(left, self.sentinel, *self.log_fds):
+                # A pipe is closed before the process has ended, or without that.
+                time.sleep(0 if self._has_pidfd else _STEP)
+                self.pump()
+        return True
+
     def kill(self) -> None:
         """End it, also if it is stopped, and wait for that. More than once does no harm."""
         self.interrupt()
-        if not self._ended(_PATIENCE):
+        if not self.ended(_PATIENCE):
             logger.error(
                 "%s: process %d was killed and did not end in %g s: it hangs in the kernel (a "
                 "driver, a network file system). It is left behind",
@@ -168,7 +187,7 @@ class Child:
         To be called when it has closed its end of a socket, or the sentinel is readable: it gets
         a moment to end in.
         """
-        if not self._ended(_MOMENT):
+        if not self.ended(_MOMENT):
             return "has closed its connection, but still runs"
         for output in self._outputs:
             output.finish()
@@ -200,7 +219,7 @@ class Child:
 
     def _send(self, signum: int) -> None:
         with self._lock:
-            if self._reaped or self.sentinel < 0 or _readable(self.sentinel, 0):
+            if self._reaped or self.sentinel < 0 or _readable(0, self.sentinel):
                 return
             self._killed |= signum == signal.SIGKILL
             with suppress(ProcessLookupError):  # it has ended just now
@@ -208,18 +227,6 @@ class Child:
                     signal.pidfd_send_signal(self.sentinel, signum)
                 else:
                     os.kill(self.pid, signum)
-
-    def _ended(self, within: float) -> bool:
-        """Whether it has ended, after a while at the most; it has been reaped then."""
-        deadline = time.monotonic() + within
-        if not self._reaped:
-            _readable(self.sentinel, within)
-        while not self._reap():
-            # A pipe is closed before the process has ended, or without that.
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_STEP)
-        return True
 
     def _reap(self) -> bool:
         with self._lock:
@@ -285,9 +292,9 @@ def has_pidfd() -> bool:
 
 def main_module_name() -> str | None:
     """What a child can import this program's main module by. See ``_boot.parent_main``."""
+    if _boot.in_child:
+        return _boot.parent_main
     main = sys.modules["__main__"]
-    if sys.modules.get(_boot.MAIN) is main and _boot.parent_main:
-        return _boot.parent_main  # a child itself
     path = getattr(main, "__file__", None)
     name = getattr(getattr(main, "__spec__", None), "name", None)
     if name is not None and name != "__main__":
@@ -295,8 +302,8 @@ def main_module_name() -> str | None:
     if path is None:
         return None
     if name is not None:  # a directory or an archive with a __main__.py
-        path = os.path.dirname(path)  # noqa: PTH120
-    return os.path.abspath(path) if os.path.exists(path) else None  # noqa: PTH100, PTH110
+        path = Path(path).parent
+    return str(Path(path).absolute()) if Path(path).exists() else None
 
 
 def options() -> list[str]:
@@ -356,7 +363,8 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _readable(fd: int, seconds: float) -> bool:
+def _readable(seconds: float, *fds: int) -> bool:
     poll = select.poll()
-    poll.register(fd, select.POLLIN)
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
     return bool(poll.poll(math.ceil(seconds * 1000)))

@@ -24,6 +24,7 @@ from .._call import Call, Work, here
 from .._checks import check_seconds
 from .._errors import DeadlineExceeded, NotReady, WorkerCrashed, describe
 from .._model import ModelReference, name_of, owner_and_path
+from .._refusals import retry_after
 from .._restarts import RestartPolicy, Restarts
 from ._channel import Channel, Kind, Message
 from ._codec import Encoded
@@ -36,6 +37,8 @@ from ._protocol import ModelSpec, Steps, Used
 logger = logging.getLogger("asgi_infer")
 
 _MOMENT = 0.2  # seconds that a process gets for writing its stacks before it is killed
+_FAREWELL = 5.0  # seconds that it gets for ending by itself
+_ATTEMPTS = 3  # to send a call to a process that dies before it begins with it
 _CRASHES = 2  # of one call, after which it is not run again
 _REMEMBERED = 256  # calls that have crashed
 
@@ -64,6 +67,10 @@ class RemoteWorker:
 
 class Died(Exception):
     """The process at the other end has gone."""
+
+
+class NeverBegan(Exception):
+    """It has, and had not begun with what it was asked for, which may be asked again."""
 
 
 class Overran(Exception):
@@ -131,6 +138,7 @@ class RemoteReplica:
         self._number = 0  # of the latest request
         self._streams = 0  # how many have begun
         self._used = Used()
+        self._used_before = self._used  # in processes that are gone
         self._poison = Poison()
         self._watched: tuple[int, ...] | None = None
         self._poll = select.poll()
@@ -157,21 +165,24 @@ class RemoteReplica:
     def open(self, lost: Callable[[], object], /) -> None:
         """Start the process, and return when it has loaded the model and warmed it up.
 
-        :raises NotReady: that took longer than ``startup_timeout``
+        :raises NotReady: that took longer than ``startup_timeout``, or was interrupted
         :raises WorkerCrashed: the process died
         """
         self._lost = lost
-        self._check_interrupted()
         self._link = link = self._connect()
+        self._used_before = self._used
         loaded = False
         try:
             reply = self._await(link, self._worker.startup_timeout)
             if reply.kind is Kind.RAISED:
                 raise unpack_error(reply.body())
-            self._used = reply.used or self._used
             loaded = True
         except Died:
             raise self._death(link, "while it loaded") from None
+        except Interrupted:
+            raise NotReady(
+                f"the runner was stopped while its model {self._spec.name!r} was loaded"
+            ) from None
         except Overran:
             self._kill(link)
             raise NotReady(
@@ -200,6 +211,16 @@ class RemoteReplica:
             return
         if reply.kind is Kind.RAISED:
             raise unpack_error(reply.body())
+        self._see_off(link)
+
+    def _see_off(self, link: Link) -> None:
+        """The process is about to end by itself: give it time for that, and log what it says."""
+        until = time.monotonic() + _FAREWELL
+        while link.attend() and not self._interrupted.is_set():
+            left = until - time.monotonic()
+            if left <= 0.0:
+                return
+            self._wait_on((self._interrupt.fileno(), *link.watched), left)
 
     def interrupt(self) -> None:
         """Nobody waits any more: end the process. From any thread."""
@@ -230,32 +251,23 @@ class RemoteReplica:
         :raises TypeError: the function or its arguments do not pickle
         """
         del context  # variables of the caller's context stay on this side
-        encoded = self._encode(work)
-        self._refuse_poison(work, encoded)
         try:
-            reply = self._run(encoded, work)
-        except WorkerCrashed:
+            reply = self._begin(Kind.EXECUTE, work)
+        except WorkerCrashed as crash:
             if not self._worker.retry_crashed or self._interrupted.is_set():
                 raise
-            again = self._encode(work)  # for the process that is started in its place
-            self._refuse_poison(work, again)
-            reply = self._run(again, work)
+            try:
+                reply = self._begin(Kind.EXECUTE, work)
+            except NotReady:
+                raise crash from None
         return self._value(reply)
-
-    def _run(self, encoded: Encoded, work: Work) -> Message:
-        limit = self._worker.hard_timeout
-        return self._ask_for_call(Kind.EXECUTE, encoded, limit, work=work)
 
     def iterate(self, work: Work, context: Context, /) -> Steps:
         """Begin a generator in the process of the model; return what steps it from here."""
         del context
-        encoded = self._encode(work)
-        self._refuse_poison(work, encoded)
-        link = self._linked()
         self._streams += 1
-        limit = self._worker.hard_timeout
-        self._value(self._ask_for_call(Kind.ITERATE, encoded, limit, self._streams, work))
-        return RemoteSteps(self, link, self._streams)
+        self._value(self._begin(Kind.ITERATE, work, self._streams))
+        return RemoteSteps(self, self._linked(), self._streams)
 
     def step(self, link: Link, stream: int) -> Any:
         """The next item of a stream that has begun over that link."""
@@ -264,7 +276,7 @@ class RemoteReplica:
                 f"the process in which this stream ran has died, or was ended for another call's "
                 f"sake (model {self._spec.name!r})"
             )
-        reply = self._ask_for_call(Kind.NEXT, None, self._worker.hard_timeout, stream)
+        reply = self._ask_for_call(Kind.NEXT, None, stream)
         if reply.kind is Kind.END:
             raise StopIteration
         return self._value(reply)
@@ -272,7 +284,7 @@ class RemoteReplica:
     def end(self, link: Link, stream: int) -> None:
         """Close a generator; it is gone already if its process is."""
         if link is self._link:
-            self._value(self._ask_for_call(Kind.CLOSE, None, self._worker.hard_timeout, stream))
+            self._value(self._ask_for_call(Kind.CLOSE, None, stream))
 
     def counted(self) -> Used:
         """What was used up to the latest reply."""
@@ -282,10 +294,24 @@ class RemoteReplica:
         """The same of the CPU."""
         return self._used.seconds
 
+    def _begin(self, kind: Kind, work: Work, stream: int = 0) -> Message:
+        """Send a call; return the reply. Where none has begun with it, it is sent again."""
+        for _ in range(_ATTEMPTS):
+            encoded = self._encode(work)
+            self._refuse_poison(work, encoded)
+            try:
+                return self._ask_for_call(kind, encoded, stream, work)
+            except NeverBegan:
+                continue
+        raise NotReady(
+            f"the process of the model {self._spec.name!r} died {_ATTEMPTS} times before it began "
+            f"with {name_of(work[0])}"
+        )
+
     def _encode(self, work: Work) -> Encoded:
         try:
             return self._linked().channel.encode(work)
-        except WorkerCrashed:
+        except NotReady:
             raise
         except Exception as error:
             raise TypeError(
@@ -298,12 +324,14 @@ class RemoteReplica:
         self,
         kind: Kind,
         encoded: Encoded | None,
-        limit: float | None,
-        stream: int = 0,
+        stream: int,
         work: Work | None = None,
     ) -> Message:
-        """Send a request of the call that runs; return the reply."""
-        link = self._linked()
+        """Send a request of the call that runs; return the reply.
+
+        :param work: what has not begun before, if so
+        """
+        link, limit = self._linked(), self._worker.hard_timeout
         call = here.current_call and here.current_call()
         call = call if isinstance(call, Call) else None
         deadline = None if call is None else call.limit
@@ -314,7 +342,11 @@ class RemoteReplica:
         try:
             return self._ask(link, kind, encoded, limit, deadline=deadline, stream=stream)
         except Died:
-            raise self._crashed(link, call, work) from None
+            if work is not None and link.page.started != self._number:
+                self._crashed(link, "it had not begun with the next call", None)
+                raise NeverBegan from None
+            name = "a call" if call is None else call.name
+            raise self._crashed(link, f"while {name} ran", work) from None
         except Overran:
             self._kill(link)
             self._lose()
@@ -329,12 +361,12 @@ class RemoteReplica:
         finally:
             self._running = None
 
-    def _crashed(self, link: Link, call: Call | None, work: Work | None) -> WorkerCrashed:
+    def _crashed(self, link: Link, when: str, work: Work | None) -> WorkerCrashed:
         if work is not None:
             # Not what was sent: the function may have changed that in place.
             self._poison.add(link.channel.encode(work).digest())
-        what = "a call" if call is None else call.name
-        error = self._death(link, f"while {what} ran. Repeat the call if that is safe")
+        error = self._death(link, when)
+        logger.error("%s", error)
         self._lose()
         return error
 
@@ -370,10 +402,7 @@ class RemoteReplica:
             link.channel.send(kind, encoded, number=self._number, deadline=deadline, stream=stream)
         except OSError:
             raise Died from None
-        reply = self._await(link, limit)
-        if reply.used is not None:
-            self._used = reply.used
-        return reply
+        return self._await(link, limit)
 
     def _await(self, link: Link, limit: float | None) -> Message:
         """Wait for a reply, and see to what else comes.
@@ -393,6 +422,8 @@ class RemoteReplica:
             except (EOFError, OSError):
                 raise Died from None
             if reply is not None:
+                if reply.used is not None:
+                    self._used = reply.used.after(self._used_before)
                 return reply
             if not alive:  # what it had to say before its death has been read
                 raise Died
@@ -403,6 +434,9 @@ class RemoteReplica:
     def _ready(self, link: Link, seconds: float | None) -> bool:
         """Wait until there is something to attend to; whether there is."""
         watched = (link.channel.fileno(), self._interrupt.fileno(), *link.watched)
+        return self._wait_on(watched, seconds)
+
+    def _wait_on(self, watched: tuple[int, ...], seconds: float | None) -> bool:
         if watched != self._watched:
             self._watched, self._poll = watched, select.poll()
             for fd in watched:
@@ -419,12 +453,7 @@ class RemoteReplica:
             if latch.acquire(left, (self._interrupt.fileno(), *watched)):
                 return True
             if link is not None and not self._still_there(link):
-                logger.warning(
-                    "the process of the model %r %s while it was idle",
-                    self._spec.name,
-                    link.died(),
-                )
-                self._lose()
+                self._crashed(link, "while it was idle", None)
                 return False
             if until is not None and time.monotonic() >= until:
                 return False
@@ -449,8 +478,10 @@ class RemoteReplica:
         try:
             self.open(self._lost)
         except Exception as error:
-            raise WorkerCrashed(
-                f"the model {self._spec.name!r} was lost and did not load again: {describe(error)}"
+            raise NotReady(
+                f"the model {self._spec.name!r} was lost and did not load again: "
+                f"{describe(error)}",
+                retry_after=retry_after(0.0),
             ) from error
 
     def _kill(self, link: Link) -> None:
@@ -470,10 +501,6 @@ class RemoteReplica:
         link, self._link = self._link, None
         if link is not None:
             link.close()
-
-    def _check_interrupted(self) -> None:
-        if self._interrupted.is_set():
-            raise NotReady("the runner was stopped while its model was loaded")
 
     # -- calls that crash ----------------------------------------------------------------------
 

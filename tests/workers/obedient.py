@@ -33,9 +33,13 @@ class Obedient:
     def __init__(self, **options: Any) -> None:
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(10)
+        options = {"name": "m-0", "target": TARGET, "fds": [theirs.fileno()], **options}
         with theirs:
-            options = {"name": "m-0", "target": TARGET, "fds": [theirs.fileno()], **options}
-            self.child = Child(**options)
+            try:
+                self.child = Child(**options)
+            except BaseException:
+                self.sock.close()
+                raise
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -117,6 +118,28 @@ answer = os.waitpid(pid, 0)[1]"""
     assert steady.ask(forked) == signal.SIGTERM
 
 
+def test_signals_while_it_starts() -> None:
+    """They end nothing before it can deal with them."""
+    with Obedient() as child:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            os.kill(child.child.pid, signum)
+        child.child.dump()
+        assert child.ask("answer = 'here'") == "here"
+
+
+def test_ends_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """One that ends when it is told to, and has a lot to say before: it is listened to."""
+    with Obedient() as child:
+        assert child.ask("answer = 1") == 1
+        assert not child.child.ended()
+        assert not child.child.ended(0.001)
+        child.tell("print('x' * 200_000); fd = None; raise SystemExit")
+        assert child.child.ended(LIMIT)
+        assert child.child.ended()
+        assert child.child.died() == "ended with exit code 0"
+        assert sum(each.count("x") for each in caplog.messages) == 200_000
+
+
 def test_same_interpreter(tmp_path: Path) -> None:
     """Options of the command line are the child's as well."""
     script = tmp_path / "script.py"
@@ -149,7 +172,8 @@ def test_prints_reach_the_log(steady: Obedient, caplog: pytest.LogCaptureFixture
     steady.ask("print('two', file=sys.stderr)")
     steady.ask("import ctypes; ctypes.CDLL(None).puts(b'three')")
     steady.ask("os.system('echo four')")
-    until_true(lambda: steady.child.pump() or "m-0: four" in caplog.messages)
+    while "m-0: four" not in caplog.messages:
+        steady.listen()
     lines = {(each.levelname, each.getMessage()) for each in caplog.records}
     assert lines >= {("INFO", f"m-0: {word}") for word in ("one", "three", "four")}
     assert ("WARNING", "m-0: two") in lines
@@ -164,7 +188,8 @@ def test_flood(steady: Obedient, caplog: pytest.LogCaptureFixture) -> None:
         steady.listen()
         turns.append(len(caplog.records) - before)
     assert steady.answer() is None
-    until_true(lambda: steady.child.pump() or len(caplog.records) == 3000)
+    while len(caplog.records) < 3000:
+        steady.listen()
     assert max(turns) <= TURN / 100 + 1
 
 
@@ -272,7 +297,7 @@ def test_closes_everything(caplog: pytest.LogCaptureFixture) -> None:
     child.child.kill()
     assert f"m-0: process {pid} was killed and did not end in 0.01 s" in caplog.text
     os.kill(pid, signal.SIGKILL)
-    until_true(lambda: child.child._reap())
+    until_true(lambda: child.child.ended())
     child.__exit__(None, None, None)
 
 
@@ -290,7 +315,7 @@ def test_ends_just_now(monkeypatch: pytest.MonkeyPatch) -> None:
     with Obedient() as child:
         child.child.interrupt()
         os.waitpid(child.child.pid, 0)
-        monkeypatch.setattr(_child, "_readable", lambda fd, seconds: False)
+        monkeypatch.setattr(_child, "_readable", lambda seconds, *fds: False)
         child.child.dump()
 
 
@@ -328,6 +353,19 @@ def test_no_executable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(FileNotFoundError, match=r"cannot start a process for m-0: .*/nowhere"):
         Child(name="m-0")
+
+
+def test_main_by_its_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes back of the main module is found here, as the child calls it. A child leaves
+    that name to its parent's."""
+    monkeypatch.setattr(sys, "executable", "")
+    for in_child in (True, False):
+        monkeypatch.setattr(_boot, "in_child", in_child)
+        monkeypatch.delitem(sys.modules, _boot.MAIN, raising=False)
+        with pytest.raises(RuntimeError):
+            Child(name="m-0")
+        assert (_boot.MAIN in sys.modules) is not in_child
+    assert sys.modules[_boot.MAIN] is sys.modules["__main__"]
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
@@ -389,7 +427,7 @@ def test_systems_without(monkeypatch: pytest.MonkeyPatch) -> None:
 SCRIPT = """
 import os, signal, socket, sys
 sys.path.insert(0, {root!r})
-from asgi_infer.workers import _boot
+from tests.workers import lean
 from tests.workers.obedient import Obedient
 from asgi_infer.workers._child import options
 WHAT = "from asgi_infer.workers._child import options; answer = options()"
@@ -407,6 +445,7 @@ def test_dies_with_its_parent(tmp_path: Path) -> None:
     script.write_text(
         "import os, signal, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.workers import lean\n"
         "from asgi_infer.workers._child import Child\n"
         "from tests.workers.obedient import TARGET\n"
         "for fd, bound in zip(map(int, sys.argv[1:]), (True, False)):\n"
@@ -430,7 +469,10 @@ def test_dies_with_its_parent(tmp_path: Path) -> None:
         assert parent.stdin is not None
         parent.stdin.close()
         assert parent.wait(LIMIT) == -signal.SIGKILL
-    assert bound.recv(10) == b""
+    with contextlib.suppress(ConnectionResetError):  # if it had not read the last line yet
+        assert bound.recv(10) == b""
+    free.sendall(b'"print(1); print(2)"\n')
+    assert free.recv(10) == b"null\n"  # though nobody reads what it prints
     free.sendall(b'"answer = 2"\n')
     assert free.recv(10) == b"2\n"
     bound.close()
@@ -464,9 +506,7 @@ def test_main_module_name(
 
 def test_main_module_name_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """A child's own children get that of the first parent."""
-    main = ModuleType(_boot.MAIN)
-    monkeypatch.setattr(_boot, "parent_main", "pkg.mod")
-    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(_boot, "in_child", True)
     assert _child.main_module_name() is None
-    monkeypatch.setitem(sys.modules, _boot.MAIN, main)
+    monkeypatch.setattr(_boot, "parent_main", "pkg.mod")
     assert _child.main_module_name() == "pkg.mod"

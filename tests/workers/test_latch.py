@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from asgi_infer.workers import _latch
 from asgi_infer.workers._latch import Latch
 
 from ..gates import LIMIT
@@ -103,9 +103,9 @@ def test_other_end_closed(latch: Latch) -> None:
 
 def test_to_wait_on_with_others(latch: Latch) -> None:
     """Its descriptor is readable while it is released."""
-    assert not _latch.select.select([latch.fileno()], [], [], 0)[0]
+    assert not select.select([latch.fileno()], [], [], 0)[0]
     latch.release()
-    assert _latch.select.select([latch.fileno()], [], [], 0)[0]
+    assert select.select([latch.fileno()], [], [], 0)[0]
 
 
 def test_closed(latch: Latch) -> None:

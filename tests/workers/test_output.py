@@ -171,7 +171,10 @@ def test_crash() -> None:
 
 def test_crash_without_stack() -> None:
     """The reason is kept, whatever follows."""
-    assert words("before", "Fatal Python error: Aborted", "a") == ["Fatal Python error: Aborted", "a"]
+    assert words("before", "Fatal Python error: Aborted", "a") == [
+        "Fatal Python error: Aborted",
+        "a",
+    ]
     many = words("Fatal Python error: Aborted", *map(str, range(40)))
     assert many[0] == "Fatal Python error: Aborted"
     assert many[-1] == "39"
