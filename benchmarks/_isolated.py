@@ -21,6 +21,7 @@ import anyio.to_process
 import numpy as np
 
 from asgi_infer import InferenceRunner
+from asgi_infer.workers import ProcessWorker
 
 # By their whole names: anyio's processes import a program as a file, which is in no package.
 from benchmarks._children import answer
@@ -43,8 +44,6 @@ class Untouched(RuntimeError):
 
 @asynccontextmanager
 async def process_worker() -> AsyncIterator[Call]:
-    from asgi_infer.workers import ProcessWorker
-
     runner: InferenceRunner[None]
     async with InferenceRunner(worker=ProcessWorker()) as runner:
         yield runner.run
