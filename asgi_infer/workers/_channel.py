@@ -145,7 +145,7 @@ class Channel:
         if encoded.layout is not None:
             flags += _HAS_LAYOUT
             tail = _LAYOUT.pack(*encoded.layout) + tail
-        dropped, lost = self._segments.dropped, self._mapped.lost
+        dropped, lost = self._segments.tidy(), self._mapped.lost
         if dropped or lost:
             tail = array("I", dropped + lost).tobytes() + tail
         rest = (number, stream, deadline or 0.0, *(used or _NOTHING_USED))
@@ -198,9 +198,9 @@ class Channel:
             self._sock.sendall(data[sent:])
 
     def _read(self, flags: int) -> None:
-        place = [self._view[self._arrived :]]
+        place = self._view[self._arrived :] if self._arrived else self._view
         try:
-            size, extras, _, _ = self._sock.recvmsg_into(place, _RIGHTS, flags | _CLOEXEC)
+            size, extras, _, _ = self._sock.recvmsg_into([place], _RIGHTS, flags | _CLOEXEC)
         except ConnectionResetError:  # it died with something unread
             size, extras = 0, []
         for _, _, data in extras:
@@ -257,8 +257,8 @@ class Channel:
         layout, inline = Layout(*_LAYOUT.unpack_from(tail)), tail[_LAYOUT.size :]
         if flags & _NEW_SEGMENT:
             descriptor = self._descriptors.popleft() if self._descriptors else None
-            self._mapped.add(layout.index, descriptor, layout.size)
-        lease = self._mapped.lease(layout.index, layout.end)
+            self._mapped.add(layout.segment, descriptor, layout.size)
+        lease = self._mapped.lease(layout.segment, layout.end)
         size = layout.end + len(inline)
         if lease is None:
             return size, partial(_refuse, size)

@@ -175,11 +175,6 @@ class Child:
                 _PATIENCE,
             )
 
-    @property
-    def ended(self) -> bool:
-        """Whether it has ended."""
-        return self._ended(0.0)
-
     def died(self) -> str:
         """How it ended, as what follows the subject of a sentence; ``last_words`` are complete
         then.

@@ -75,9 +75,7 @@ def unpack_error(packed: PackedError) -> BaseException:
 
 
 class _WithoutInit:
-    """Pickles an exception whose ``__init__`` does not take its ``args``, so that it is made
-    without a call of that.
-    """
+    """Pickles an exception whose ``__init__`` does not take its ``args``: nothing calls it."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
@@ -96,15 +94,16 @@ def _make(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any
 
 def _pickled(error: BaseException) -> bytes | None:
     """A pickle of it, of which it is known that an equal exception comes out."""
-    for form in (error, _WithoutInit(error)):
-        try:
-            pickled = pickle.dumps(form, 5)
-            copy = loads(pickled)
-            if type(copy) is type(error) and str(copy) == str(error):
-                return pickled
-        except BaseException:
-            continue
-    return None
+    return _tried(error, error) or _tried(_WithoutInit(error), error)
+
+
+def _tried(form: object, error: BaseException) -> bytes | None:
+    try:
+        pickled = pickle.dumps(form, 5)
+        copy = loads(pickled)
+        return pickled if type(copy) is type(error) and str(copy) == str(error) else None
+    except BaseException:  # of any method of its own
+        return None
 
 
 def _unpickled(pickled: bytes | None) -> BaseException | None:

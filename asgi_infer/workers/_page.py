@@ -6,6 +6,8 @@ import mmap
 import os
 import tempfile
 
+from ._segments import Memory
+
 _SIZE = mmap.PAGESIZE
 _CANCELLED, _STARTED = 0, 1  # words of 64 bits
 
@@ -20,9 +22,8 @@ class ControlPage:
     """
 
     def __init__(self, fd: int) -> None:
-        self._memory = mmap.mmap(fd, _SIZE)
         # One aligned word each: it is written whole, or not yet.
-        self._words = memoryview(self._memory).cast("Q")
+        self._words = memoryview(Memory(fd, _SIZE).map).cast("Q")
 
     @property
     def cancelled(self) -> int:

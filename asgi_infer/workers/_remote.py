@@ -23,7 +23,7 @@ from typing import Any, NoReturn, Protocol
 from .._call import Call, Work, here
 from .._checks import check_seconds
 from .._errors import DeadlineExceeded, NotReady, WorkerCrashed, describe
-from .._model import ModelReference, name_of, owner_and_path
+from .._model import ForeignReference, ModelReference, name_of, owner_and_path
 from .._refusals import retry_after
 from .._restarts import RestartPolicy, Restarts
 from ._channel import Channel, Kind, Message
@@ -37,6 +37,7 @@ from ._protocol import ModelSpec, Steps, Used
 logger = logging.getLogger("asgi_infer")
 
 _MOMENT = 0.2  # seconds that a process gets for writing its stacks before it is killed
+_PAUSE = 0.02  # seconds without a word, after which it has written all of them
 _FAREWELL = 5.0  # seconds that it gets for ending by itself
 _ATTEMPTS = 3  # to send a call to a process that dies before it begins with it
 _CRASHES = 2  # of one call, after which it is not run again
@@ -311,7 +312,7 @@ class RemoteReplica:
     def _encode(self, work: Work) -> Encoded:
         try:
             return self._linked().channel.encode(work)
-        except NotReady:
+        except (NotReady, ForeignReference, OSError, MemoryError):
             raise
         except Exception as error:
             raise TypeError(
@@ -348,13 +349,7 @@ class RemoteReplica:
             name = "a call" if call is None else call.name
             raise self._crashed(link, f"while {name} ran", work) from None
         except Overran:
-            self._kill(link)
-            self._lose()
-            raise DeadlineExceeded(
-                f"{'the call' if call is None else call.name} ran for longer than hard_timeout "
-                f"({limit:g} s): its process was killed, and the model is loaded again",
-                started=True,
-            ) from None
+            raise self._overran(link, "a call" if call is None else call.name) from None
         except Interrupted:
             self._lose()
             raise WorkerCrashed("the runner was stopped, and its process with it") from None
@@ -367,6 +362,18 @@ class RemoteReplica:
             self._poison.add(link.channel.encode(work).digest())
         error = self._death(link, when)
         logger.error("%s", error)
+        self._lose()
+        return error
+
+    def _overran(self, link: Link, name: str) -> DeadlineExceeded:
+        error = DeadlineExceeded(
+            f"{name} ran for longer than hard_timeout ({self._worker.hard_timeout:g} s): its "
+            f"process was killed, and the model is loaded again",
+            started=True,
+        )
+        # Before its stacks. Who has called may have left long ago: nobody else would know why.
+        logger.error("%s", error)
+        self._kill(link)
         self._lose()
         return error
 
@@ -487,10 +494,9 @@ class RemoteReplica:
     def _kill(self, link: Link) -> None:
         """End the process, which gets a moment to say what it was doing."""
         link.dump()
-        until = time.monotonic() + _MOMENT
-        while (left := until - time.monotonic()) > 0 and self._ready(link, left):
-            if not link.attend():
-                break
+        patience = _MOMENT
+        while self._wait_on(tuple(link.watched), patience) and link.attend():
+            patience = _PAUSE  # it has begun to write
         link.kill()
 
     def _lose(self) -> None:
@@ -583,7 +589,7 @@ def reduce_reference(spec: ModelSpec) -> Callable[[ModelReference], Any]:
     def reduce(reference: ModelReference) -> tuple[Any, tuple[Any, ...]]:
         owner, path = owner_and_path(reference)
         if owner is not spec:
-            raise ValueError(f"{reference!r} belongs to another runner: run the call there")
+            raise ForeignReference(reference)
         return refer, (path,)
 
     return reduce
