@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+
+_MAX_DOUBLED = 64  # more would be too large for a float, and is too long for anybody
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,11 @@ class RestartPolicy:
             raise ValueError(f"max_restarts must be 0 or more, not {self.max_restarts!r}")
         for name in ("within", "backoff", "max_backoff", "recover_after"):
             seconds = getattr(self, name)
-            if not isinstance(seconds, int | float) or not 0.0 <= seconds < float("inf"):
+            if (
+                not isinstance(seconds, int | float)
+                or isinstance(seconds, bool)
+                or not 0 <= seconds <= threading.TIMEOUT_MAX
+            ):
                 raise ValueError(f"{name} must be a number of seconds, not {seconds!r}")
 
 
@@ -77,7 +84,8 @@ class Restarts:
             return policy.recover_after
         if len(self._times) == 1:
             return 0.0
-        backoff = min(policy.max_backoff, policy.backoff * 2.0 ** (len(self._times) - 2))
+        doubled = min(len(self._times) - 2, _MAX_DOUBLED)
+        backoff = min(policy.max_backoff, policy.backoff * 2.0**doubled)
         # Replicas that fail together, as when a machine runs out of memory, need not come back so.
         return backoff * random.uniform(0.75, 1.0)  # noqa: S311  # no secret
 

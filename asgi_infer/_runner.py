@@ -468,7 +468,7 @@ class InferenceRunner(Executor, Generic[ModelT]):
 
     def __del__(self) -> None:
         thread: InferenceThread | None = getattr(self, "_thread", None)
-        if thread is not None and thread.state in ("loading", "ready"):
+        if thread is not None and thread.state in ("loading", "ready", "broken"):
             warnings.warn(f"{self!r} was not stopped", ResourceWarning, stacklevel=2, source=self)
             thread.stop_soon()
 

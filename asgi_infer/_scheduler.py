@@ -108,8 +108,7 @@ class Scheduler:
                 queue.push(call)
                 if type(call) is BatchCall:
                     call.function.arrived(call.arrived)
-                # The last one to fall asleep: its caches are the warmest.
-                idle = self._idle.pop() if self._idle else None
+                idle = self._woken() if self._idle else None
             else:
                 self._counters.rejected += 1
                 idle = None
@@ -177,9 +176,7 @@ class Scheduler:
         with self._lock:
             # One that still waits, or has ended, is not put aside anywhere.
             if call.state is CallState.RUNNING and call.slot.suspended.resume(call):
-                woken = call.slot if call.slot in self._idle else None
-            if woken is not None:
-                self._idle.remove(woken)
+                woken = self._woken(call.slot) if call.slot in self._idle else None
         if woken is not None:
             woken.wake_up.release()
 
@@ -188,7 +185,8 @@ class Scheduler:
     def take(self, slot: Slot | None = None) -> Call | None:
         """Claim the next call, sleeping until there is one; None when it is time to stop.
 
-        None also if the slot's latch lets go for a reason of its own; ``slot.over`` tells.
+        None also if the slot is down, or its latch lets go for a reason of its own;
+        ``slot.over`` tells.
 
         :param slot: the thread's own; by default the first
         """
@@ -198,7 +196,7 @@ class Scheduler:
             if over:
                 return None
             if call is None:
-                if not self._sleep(slot):
+                if slot.down or not self._sleep(slot):
                     return None
             elif call.state is CallState.RUNNING:
                 return call
@@ -214,21 +212,55 @@ class Scheduler:
         :returns: the call, and whether there is none and it is time to stop
         """
         slot = slot or self.slots[0]
+        another: Slot | None = None
         with self._lock:
+            slot.woken = False
             call = self._claim(slot, self.clock())
-            if call is None:
+            if self._idle and self._queue:
+                another = self._pass_on(slot)
+            if call is None and not slot.down:
                 self._notify_if_idle()
                 slot.over = self._stopped and not slot.suspended.count
                 if sleep and not slot.over:
                     self._idle.append(slot)
-                return None, slot.over
-        return call, False
+        if another is not None:
+            another.wake_up.release()
+        return call, call is None and slot.over
 
     def set_down(self, slot: Slot, *, down: bool) -> None:
         """Nothing can run in ``slot`` from now on, or it can again, where a model was lost."""
         with self._lock:
             slot.down = down
-            self._counters.restarts += not down
+            if down:
+                return
+            self._counters.restarts += 1
+            slot.broken = False
+            if self._refuses_for_now:
+                self._refusal = None
+                self._refuses_for_now = False
+            if self._stopped:
+                self._rouse(self._resting)
+
+    def set_broken(self, slot: Slot, error: Callable[[object], InferenceError]) -> None:
+        """``slot`` is down for long. If all are, nobody waits for that.
+
+        Those that wait get the error that ``error`` makes, and new calls do until a slot is up
+        again, unless they are refused for good.
+        """
+        dropped: list[Call] = []
+        with self._lock:
+            slot.broken = True
+            if self.broken:
+                if self._refusal is None or self._refuses_for_now:
+                    self._refusal = error
+                    self._refuses_for_now = True
+                dropped = self._drop_all(error)
+        _post(dropped)
+
+    @property
+    def broken(self) -> bool:
+        """Whether that is so of all slots. To be read under the lock, or as a hint."""
+        return all(slot.broken for slot in self.slots)
 
     def take_suspended(self, slot: Slot) -> StreamCall | None:
         """One of the streams that have begun in ``slot``, to be ended: it is down."""
@@ -239,11 +271,16 @@ class Scheduler:
             return slot.running
 
     def rest(self, slot: Slot, seconds: float) -> bool:
-        """Sleep in a slot that is down. False, and sooner, if it is time to stop."""
+        """Sleep in a slot that is down. False, and sooner, if it is time to stop.
+
+        That is as soon as nothing waits any more, or another slot is there for what does.
+        """
         until = self.clock() + seconds
         while True:
             with self._lock:
-                slot.over = self._stopped and not self._queue
+                self._notify_if_idle()
+                others = any(not (each.down or each.over) for each in self.slots)
+                slot.over = self._stopped and (others or not self._queue)
                 left = until - self.clock()
                 if slot.over or left <= 0.0:
                     return not slot.over
@@ -332,20 +369,6 @@ class Scheduler:
             self._refusal = refusal
             self._refuses_for_now = False
 
-    def refuse_for_now(self, refusal: Refusal) -> None:
-        """The same until ``allow`` is called, unless they are refused for good."""
-        with self._lock:
-            if self._refusal is None or self._refuses_for_now:
-                self._refusal = refusal
-                self._refuses_for_now = True
-
-    def allow(self) -> None:
-        """Take new calls again, if they were refused for now."""
-        with self._lock:
-            if self._refuses_for_now:
-                self._refusal = None
-                self._refuses_for_now = False
-
     def send_away(self, calls: Iterable[Call], error: ErrorOf) -> None:
         """Cancel those of ``calls`` that have not ended; each caller gets an error of its own."""
         for call in calls:
@@ -355,9 +378,7 @@ class Scheduler:
     def drop_queued(self, error: ErrorOf) -> None:
         """Cancel everything that waits; each caller gets an error of its own."""
         with self._lock:
-            dropped = self._queue.clear()
-            self._drop(dropped, Departure.CANCELLED, error)
-            self._notify_if_idle()
+            dropped = self._drop_all(error)
         _post(dropped)
 
     def abandon_running(self, error: ErrorOf) -> str | None:
@@ -372,11 +393,8 @@ class Scheduler:
         """Let ``take`` return None once nothing waits and nothing has begun."""
         with self._lock:
             self._stopped = True
-            asleep = [*self._idle, *self._resting]
-            self._idle.clear()
-            self._resting.clear()
-        for slot in asleep:
-            slot.wake_up.release()
+            self._rouse(self._idle)
+            self._rouse(self._resting)
 
     def when_idle(self) -> Future[None]:
         """A future that completes when no call waits or runs."""
@@ -427,6 +445,34 @@ class Scheduler:
         # Where nothing comes any more nothing ends it: who asks must not wait for that.
         ended = not self._queue and self._overload.short(self.clock())
         return self._overload.active and not ended
+
+    # -- under the lock: whose turn it is ------------------------------------------------------
+
+    def _woken(self, slot: Slot | None = None) -> Slot:
+        """One that sleeps, which is to be woken; by default the last one to fall asleep."""
+        if slot is None:
+            slot = self._idle.pop()  # its caches are the warmest
+        else:
+            self._idle.remove(slot)
+        slot.woken = True
+        return slot
+
+    def _pass_on(self, slot: Slot) -> Slot | None:
+        """Who else is to be woken, since something still waits when ``slot`` has had its look.
+
+        Who was woken for one call may have taken another, for which somebody held his batch
+        back, or can't take any, because his model has just gone.
+        """
+        leaves_it = slot.running is not None or slot.down
+        if leaves_it and not any(each.woken for each in self.slots):
+            return self._woken()
+        return None
+
+    def _rouse(self, sleepers: list[Slot]) -> None:
+        """Wake them all, since it may be time to stop."""
+        for slot in sleepers:
+            slot.wake_up.release()
+        sleepers.clear()
 
     # -- under the lock: what runs next --------------------------------------------------------
 
@@ -485,7 +531,8 @@ class Scheduler:
         """Whether to wait for more calls to join the batch that ``call`` would lead."""
         function, waiting = call.function, len(self._queue)
         others = slot.suspended.ready or self._queue.count_of(call.group) < waiting
-        if others or self._stopped or waiting >= function.max_size:
+        # Where another slot is free, the next one need not wait for this batch to end.
+        if others or self._idle or self._stopped or waiting >= function.max_size:
             return False
         until = function.wait_until(waiting, min(each.arrived for each in self._queue))
         deadlines = [each.deadline for each in self._queue if each.deadline is not None]
@@ -597,11 +644,14 @@ class Scheduler:
     def _predicted_wait(self, call: Call) -> float:
         """Seconds until ``call`` has its turn: the work ahead of it, shared among the slots."""
         slots = [slot for slot in self.slots if not slot.down] or self.slots
-        wait = sum(self._left(slot, call.arrived) for slot in slots)
-        if len(slots) > 1 and not self._queue and any(slot.running is None for slot in slots):
-            return 0.0
+        left = [self._left(slot, call.arrived) for slot in slots]
         if self._overload.active and self._policy.overload == "newest":
-            return wait / len(slots)
+            return min(left)
+        return _shared_out(self._ahead_of(call, slots), left)
+
+    def _ahead_of(self, call: Call, slots: Iterable[Slot]) -> float:
+        """The seconds that those take which wait, and are to run before ``call``."""
+        wait = 0.0
         suspended = any(slot.suspended.ready for slot in slots)
         for group, count in self._queue.ahead_of(call.priority, call.arrived).items():
             if isinstance(group, BatchGroup) and group == call.group:
@@ -612,7 +662,7 @@ class Scheduler:
             wait += self._seconds(group, count)
             if suspended:  # they have a turn after each
                 wait += count * self._item_time
-        return wait / len(slots)
+        return wait
 
     def _left(self, slot: Slot, now: float) -> float:
         """The seconds that who runs in ``slot`` still takes, as far as that can be told."""
@@ -649,6 +699,12 @@ class Scheduler:
             counters.failed += 1
         return True
 
+    def _drop_all(self, error: ErrorOf) -> list[Call]:
+        dropped = self._queue.clear()
+        self._drop(dropped, Departure.CANCELLED, error)
+        self._notify_if_idle()
+        return dropped
+
     def _drop(self, calls: Iterable[Call], departure: Departure, error: ErrorOf | None) -> None:
         for call in calls:
             call.error = None if error is None else error(call)
@@ -673,6 +729,8 @@ class Scheduler:
         return _refusals.deadline_exceeded(call, self.clock())
 
     def _notify_if_idle(self) -> None:
+        if self._stopped and not self._queue:
+            self._rouse(self._resting)
         if self._idle_waiters and not (self._queue or self._begun()):
             waiters, self._idle_waiters = self._idle_waiters, []
             for future in waiters:
@@ -699,6 +757,21 @@ class Scheduler:
         while woken and not slot.wake_up.acquire():  # in the very moment: it is on its way
             continue
         return woken
+
+
+def _shared_out(work: float, left: list[float]) -> float:
+    """When there is a slot for what comes next: seconds.
+
+    As water fills a vessel with steps, ``work`` goes to the slots that are free first.
+
+    :param work: seconds that those ahead take, in one slot after the other
+    :param left: for how long each slot is taken already
+    """
+    level = math.inf
+    for count, seconds in enumerate(sorted(left), start=1):
+        work += seconds
+        level = min(level, work / count)
+    return level
 
 
 def _share_waited(call: Call, deadline: float, now: float) -> float:

@@ -16,7 +16,11 @@ class Latch(Protocol):
     """What a thread sleeps on: a binary semaphore, as a ``threading.Lock`` is one."""
 
     def acquire(self, *, timeout: float = -1) -> bool:
-        """Sleep until it is released; False if that has not happened in ``timeout`` seconds."""
+        """Sleep until it is released; False if that has not happened in ``timeout`` seconds.
+
+        One may let go for a reason of its own, too, and return False; but never one that has been
+        released. The scheduler, who knows that it has, asks until it gets a True.
+        """
         ...
 
     def release(self) -> None:
@@ -35,11 +39,14 @@ class Slot:
     :ivar look_again: when the thread is to wake up by itself
     :ivar over: it is time for its thread to stop
     :ivar down: nothing can run here for now: the worker's model has gone
+    :ivar broken: it has gone too often, and nothing is going to run here for some time
+    :ivar woken: its thread was woken for a call, and has not come to look for one yet
     :ivar wake_up: what the thread sleeps on; set before it takes its first call
     :ivar notice: called with who runs here when its caller has left; set likewise
     """
 
     __slots__ = (
+        "broken",
         "down",
         "look_again",
         "notice",
@@ -50,6 +57,7 @@ class Slot:
         "suspended",
         "turn_began",
         "wake_up",
+        "woken",
     )
 
     def __init__(self, number: int) -> None:
@@ -61,6 +69,8 @@ class Slot:
         self.look_again = math.inf
         self.over = False
         self.down = False
+        self.broken = False
+        self.woken = False
         self.wake_up: Latch = threading.Lock()
         self.wake_up.acquire()
         self.notice: Callable[[Call], None] | None = None

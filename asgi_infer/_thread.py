@@ -67,30 +67,30 @@ class InferenceThread:
         self._stopping = False  # only ever set; by whoever stops the thread
         self._usage = usage
         self._home = home
-        self._lock = threading.Lock()  # guards these four:
+        self._lock = threading.Lock()  # guards these three:
         self._failed = False  # one of the replicas did not load
         self._loading = len(self._replicas)
         self._alive = len(self._replicas)
-        self._broken: set[Slot] = set()
         self._threads = [
             threading.Thread(target=self._main, args=each, name=spec.name, daemon=True)
             for each in zip(scheduler.slots, self._replicas, strict=True)
         ]
 
     def start(self) -> None:
-        """Start the thread. It loads the model and then serves the scheduler's calls.
+        """Start the threads. They load the model and then serve the scheduler's calls.
 
-        :raises RuntimeError: the system, or an interpreter that is ending, starts no threads
+        :raises RuntimeError: the system, or an interpreter that is ending, starts no threads. If
+            it has started some of them, these end, and ``ready`` has the error
         """
         for number, thread in enumerate(self._threads):
             try:
                 thread.start()
             except RuntimeError as error:
+                for replica in self._replicas[number:]:
+                    self._close(replica)
                 if number == 0:
-                    for replica in self._replicas:
-                        replica.close()
                     raise
-                self._fail(error)
+                self._fail(NotReady(f"no thread for its replica {number}: {error}"))
                 for _ in self._threads[number:]:
                     self._ended()
                 return
@@ -104,7 +104,7 @@ class InferenceThread:
             return "closed"
         if self._stopping:
             return "draining"
-        if self._all_broken:
+        if self.scheduler.broken:
             return "broken"
         return "ready" if self.ready.done() else "loading"
 
@@ -148,11 +148,11 @@ class InferenceThread:
             replica.interrupt()
 
     def give_up_on(self, calls: list[Call]) -> bool:
-        """Send the callers of ``calls`` away; if the thread is stuck in one of them, stop.
+        """Send the callers of ``calls`` away; if every thread is stuck in one of them, stop.
 
-        :returns: whether it is
+        :returns: whether that is so
         """
-        stuck = any(slot.current() in calls for slot in self.scheduler.slots)
+        stuck = all(slot.current() in calls for slot in self.scheduler.slots)
         if stuck:
             self.stop_now()
         else:
@@ -227,8 +227,10 @@ class InferenceThread:
             return
         message = f"the model of {self._spec.name!r} did not load: {describe(error)}"
         self.scheduler.refuse(lambda again: NotReady(message, retry_after=again))
-        self.scheduler.drop_queued(lambda _: NotReady(message, retry_after=retry_after(0.0)))
         self.scheduler.stop()
+        for send_away in (self.scheduler.drop_queued, self.scheduler.abandon_running):
+            # Those of other replicas, too, which may run calls already.
+            send_away(lambda _: NotReady(message, retry_after=retry_after(0.0)))
         for replica in self._replicas:
             replica.interrupt()
         self.ready.set_exception(error)
@@ -245,7 +247,7 @@ class InferenceThread:
                 return False
             try:
                 replica.open(partial(self.scheduler.set_down, slot, down=True))
-            except Exception as error:
+            except BaseException as error:  # whatever it is, it is tried again
                 traceback.clear_frames(error.__traceback__)
                 logger.warning(
                     "the model of %r did not load again: %s", self._spec.name, describe(error)
@@ -255,25 +257,13 @@ class InferenceThread:
 
     def _recover(self, slot: Slot, replica: Replica) -> None:
         replica.restarts.recovered()
-        with self._lock:
-            self._broken.discard(slot)
-        self.scheduler.allow()
         self.scheduler.set_down(slot, down=False)
         logger.warning("the model of %r was lost, and has been loaded again", self._spec.name)
-
-    @property
-    def _all_broken(self) -> bool:
-        return len(self._broken) == len(self._replicas)
 
     def _break(self, slot: Slot, seconds: float) -> None:
         """``slot`` takes no calls for ``seconds``. If it was the last that did, nobody does."""
         name, until = self._spec.name, self.scheduler.clock() + seconds
         logger.error("the model of %r crashes again and again: next try in %g s", name, seconds)
-        with self._lock:
-            self._broken.add(slot)
-            nobody = self._all_broken
-        if not nobody:
-            return
 
         def refusal(_: object) -> NotReady:
             left = max(0.0, until - self.scheduler.clock())
@@ -283,8 +273,7 @@ class InferenceThread:
                 retry_after=retry_after(left),
             )
 
-        self.scheduler.refuse_for_now(refusal)
-        self.scheduler.drop_queued(refusal)
+        self.scheduler.set_broken(slot, refusal)
 
     # -- calls ---------------------------------------------------------------------------------
 

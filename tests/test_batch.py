@@ -686,7 +686,7 @@ class WakeUp:
 @pytest.fixture
 def wake_up(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> WakeUp:
     wake_up = WakeUp()
-    monkeypatch.setattr(desk.scheduler, "_wake_up", wake_up)
+    monkeypatch.setattr(desk.scheduler.slots[0], "wake_up", wake_up)
     return wake_up
 
 

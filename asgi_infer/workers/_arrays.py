@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import mmap
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,19 @@ THRESHOLD = 8192
 """Bytes from which on an array travels in shared memory. Below, copying it is cheaper."""
 
 Bytes = npt.NDArray[np.uint8]
-Source = tuple[int, Callable[[Bytes], object]]
-"""Something to copy: how many bytes it takes, and what writes it there."""
+Source = tuple[int, Callable[[mmap.mmap, int], object]]
+"""Something to copy: how many bytes it takes, and what writes it to an offset in a mapping."""
 
 # In the pickle stream it says "the next buffer". Never read: what there is to copy stands in the
 # list of sources.
 _NEXT = pickle.PickleBuffer(bytearray())
+
+
+def reducer_of(library: str) -> tuple[type, Callable[[Any, list[Source]], Any]]:
+    """The type of a library's arrays, and how to reduce them."""
+    if library == "torch":
+        return importlib.import_module("torch").Tensor, reduce_tensor
+    return np.ndarray, reduce_array
 
 
 def reduce_array(array: npt.NDArray[Any], sources: list[Source]) -> Any:
@@ -59,31 +66,26 @@ def take_buffer(sources: list[Source], buffer: pickle.PickleBuffer) -> bool:
     return False
 
 
-def write(sources: list[Source], offsets: list[int], memory: mmap.mmap) -> None:
-    """Copy all sources to their places. NumPy lets go of the GIL meanwhile."""
-    all_bytes = np.frombuffer(memory, np.uint8)
-    for (size, source), offset in zip(sources, offsets, strict=True):
-        source(all_bytes[offset : offset + size])
-
-
-def slices(lease: Lease, table: list[tuple[int, int]], *, copied: bool) -> list[Bytes]:
+def slices(lease: Lease, table: Iterable[tuple[int, int]], *, copied: bool) -> list[Bytes]:
     """The buffers of a message: slices of one array, with which its segment becomes free."""
     span = np.array(lease, copy=copied)
     return [span[start : start + size] for start, size in table]
 
 
-def _write_array(array: npt.NDArray[Any], order: Any, memory: Bytes) -> None:
-    np.copyto(np.ndarray(array.shape, array.dtype, memory, order=order), array)
+def _write_array(array: npt.NDArray[Any], order: Any, there: mmap.mmap, offset: int) -> None:
+    copy = np.ndarray(array.shape, array.dtype, there, offset, order=order)
+    np.copyto(copy, array)  # without the GIL
 
 
-def _write_raw(raw: memoryview, memory: Bytes) -> None:
-    np.copyto(memory, np.frombuffer(raw, np.uint8))
+def _write_raw(raw: memoryview, there: mmap.mmap, offset: int) -> None:
+    copy = np.frombuffer(there, np.uint8, raw.nbytes, offset)
+    np.copyto(copy, np.frombuffer(raw, np.uint8))
 
 
-def _write_tensor(tensor: Any, memory: Bytes) -> None:
+def _write_tensor(tensor: Any, there: mmap.mmap, offset: int) -> None:
     torch = importlib.import_module("torch")
-    there = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
-    there.copy_(tensor.detach())
+    copy = torch.frombuffer(there, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    copy.view(tensor.shape).copy_(tensor.detach())
 
 
 def _read_array(memory: Bytes, dtype: Any, shape: Any, order: Any, writeable: bool) -> Any:

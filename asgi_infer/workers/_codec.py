@@ -8,7 +8,7 @@ import pickle
 import struct
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._segments import HEADER, Lease, Memory, Segment, Segments, aligned
@@ -28,17 +28,17 @@ Reducer = Callable[[Any], Any]
 class Layout(NamedTuple):
     """Where things are in a segment.
 
-    :ivar index: of the segment
+    :ivar segment: its number
     :ivar size: of the segment, in bytes
-    :ivar count: how many buffers there are. Their offsets and sizes follow the pickle stream
+    :ivar buffers: how many there are. Their offsets and sizes follow the pickle stream
     :ivar end: where the last of what is in use ends
     :ivar length: bytes of stream and table at that end; 0 if they go through the socket
     :ivar crowded: whether the reader has to copy, so that the segment is free at once
     """
 
-    index: int
+    segment: int
     size: int
-    count: int
+    buffers: int
     end: int
     length: int
     crowded: bool
@@ -98,35 +98,39 @@ class Encoder:
         self._reducers: dict[type, Callable[[Any, list[Source]], Any]] = {
             kind: partial(_without_sources, reducer) for kind, reducer in dispatch.items()
         }
-        self._awaited = ["numpy", "torch"]  # imported only if others do
+        self._libraries = {"numpy", "torch"}  # imported only if others do
+        self._modules = 0  # how many there were when these were looked for
 
     def encode(self, body: object) -> Encoded:
         """Pickle it. Nothing is taken when this raises whatever pickling raises.
 
         :raises MemoryError: there is not so much memory to share
+        :raises OSError: there is no file descriptor left
         """
-        if self._awaited:
-            self._awaited = [name for name in self._awaited if not self._learn(name)]
+        if len(sys.modules) != self._modules:
+            self._learn()
         pieces = _Pieces()
         sources: list[Source] = []
-        _Pickler(pieces, sources, self._reducers).dump(body)
-        if sources or len(pieces) > 1 or len(pieces[0]) > INLINE:
+        # A method of the pickler would make a cycle of it, and keep the arrays alive for long.
+        pickler = _Pickler(pieces, _PROTOCOL, buffer_callback=partial(_take_buffer, sources))
+        pickler.sources = sources
+        pickler.reducers = self._reducers
+        pickler.dump(body)
+        stream = pieces[0]
+        if sources or len(pieces) > 1 or len(stream) > INLINE:
             return self._share(pieces, sources)
-        return Encoded(pieces[0], _MAIN in pieces[0])
+        return Encoded(stream, _MAIN in stream)
 
-    def _learn(self, name: str) -> bool:
-        module = sys.modules.get(name)
-        kind = getattr(module, "ndarray" if name == "numpy" else "Tensor", None)
-        if kind is None:
-            return False
-        from . import _arrays
-
-        reducer = _arrays.reduce_array if name == "numpy" else _arrays.reduce_tensor
-        self._reducers[kind] = reducer
-        return True
+    def _learn(self) -> None:
+        """Know the arrays of the libraries that have been imported by now."""
+        self._modules = len(sys.modules)
+        for library in self._libraries & sys.modules.keys():
+            kind, reducer = _arrays().reducer_of(library)
+            self._reducers[kind] = reducer
+            self._libraries.remove(library)
 
     def _share(self, pieces: _Pieces, sources: list[Source]) -> Encoded:
-        asks_main = any(_MAIN in piece for piece in pieces)
+        asks_main = any(len(piece) < _FRAME and _MAIN in piece for piece in pieces)
         offsets, end = _lay_out(sources)
         sizes = [size for size, _ in sources]
         pieces.append(b"".join(map(_ENTRY.pack, offsets, sizes)))
@@ -134,8 +138,8 @@ class Encoder:
         inline = length <= INLINE
         stop = end if inline else end + length
         segment, lease = self._segments.take(stop)
-        if sources:
-            _copy(sources, offsets, lease.memory)
+        for (_, write), offset in zip(sources, offsets, strict=True):
+            write(lease.memory.map, offset)
         if not inline:
             _write(pieces, end, lease.memory)
         layout = Layout(
@@ -164,9 +168,9 @@ def decode(
     if layout is not None and lease is not None:
         if layout.length:
             stream = memoryview(lease.memory.map)[layout.end - layout.length : layout.end]
-        if layout.count:
-            table = stream[len(stream) - layout.count * _ENTRY.size :]
-            buffers = _buffers(lease, table, copied=layout.crowded)
+        if layout.buffers:
+            table = stream[len(stream) - layout.buffers * _ENTRY.size :]
+            buffers = _arrays().slices(lease, _ENTRY.iter_unpack(table), copied=layout.crowded)
     if main is None:
         return pickle.loads(stream, buffers=buffers)  # noqa: S301  # of a process of our own
     return _Unpickler(stream, buffers, main).load()
@@ -186,31 +190,26 @@ def main_here() -> str:
 
 _ENTRY = struct.Struct("<QQ")  # offset and size of a buffer
 _MAIN = b"_main__"  # in __main__, and in __mp_main__, as it is called in a child process
+_FRAME = 3 * 64 * 1024
+"""Bytes of a piece of a stream that has names in it, at most: the pickler cuts it at 64 KiB, after
+something that is smaller than that. What is larger is some byte string or text of the body, which
+would take longer to search than to copy."""
 _MAIN_MODULES = ("__main__", "__mp_main__")
 
 
 class _Pieces(list[bytes]):
     """A file for the pickler: large byte strings come as they are, without being copied."""
 
-    def write(self, piece: bytes) -> None:
-        self.append(piece if type(piece) is bytes else bytes(piece))
+    write = list.append
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(
-        self,
-        pieces: _Pieces,
-        sources: list[Source],
-        reducers: Mapping[type, Callable[[Any, list[Source]], Any]],
-    ) -> None:
-        # A method of its own would make it part of a cycle, and keep the arrays alive for long.
-        super().__init__(pieces, _PROTOCOL, buffer_callback=partial(_take_buffer, sources))
-        self._sources = sources
-        self._reducers = reducers
+    sources: list[Source]
+    reducers: Mapping[type, Callable[[Any, list[Source]], Any]]
 
     def reducer_override(self, obj: Any) -> Any:
-        reducer = self._reducers.get(type(obj))
-        return NotImplemented if reducer is None else reducer(obj, self._sources)
+        reducer = self.reducers.get(type(obj))
+        return NotImplemented if reducer is None else reducer(obj, self.sources)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -229,9 +228,15 @@ def _without_sources(reducer: Reducer, obj: Any, _: list[Source]) -> Any:
 
 
 def _take_buffer(sources: list[Source], buffer: pickle.PickleBuffer) -> bool:
+    return bool(_arrays().take_buffer(sources, buffer))
+
+
+@cache
+def _arrays() -> Any:
+    """The module that imports NumPy, when the first array comes."""
     from . import _arrays
 
-    return _arrays.take_buffer(sources, buffer)
+    return _arrays
 
 
 def _lay_out(sources: list[Source]) -> tuple[list[int], int]:
@@ -245,19 +250,7 @@ def _lay_out(sources: list[Source]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def _copy(sources: list[Source], offsets: list[int], memory: Memory) -> None:
-    from . import _arrays
-
-    _arrays.write(sources, offsets, memory.map)
-
-
 def _write(pieces: list[bytes], offset: int, memory: Memory) -> None:
     for piece in pieces:
-        memory.write(piece, offset)
+        memory.write(piece if type(piece) is bytes else bytes(piece), offset)
         offset += len(piece)
-
-
-def _buffers(lease: Lease, table: bytes | memoryview, *, copied: bool) -> list[Any]:
-    from . import _arrays
-
-    return _arrays.slices(lease, list(_ENTRY.iter_unpack(table)), copied=copied)

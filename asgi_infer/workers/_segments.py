@@ -26,13 +26,16 @@ ALIGNMENT = 64
 """Of what is in a segment, in bytes: a line of the cache, and the widest vector register."""
 
 MOST = 256
-"""Segments of which one is taken at most. From then on the other side has to copy."""
+"""Segments of one side that may be taken. From then on the other side copies and frees."""
 
 SPARE = 8
 """Free segments that are kept for the next messages."""
 
-PATIENCE = 64
-"""Messages after which a free segment that none of them has fitted is given up."""
+SPARE_BYTES = 256 * 2**20
+"""What they may take together, but for the last two that were used."""
+
+PATIENCE = 256
+"""Messages after which a free segment that served none of them is given up."""
 
 _SMALLEST = 64 * 1024
 
@@ -48,13 +51,12 @@ class Lease:
     stores one byte, and takes no lock.
     """
 
-    __slots__ = ("_kept", "_pid", "end", "memory")
+    __slots__ = ("_kept", "end", "memory")
 
     def __init__(self, memory: Memory, end: int) -> None:
         self.memory = memory
         self.end = end
         self._kept = False
-        self._pid = os.getpid()
 
     def keep(self) -> None:
         """Leave the segment taken: the other side frees it."""
@@ -73,7 +75,7 @@ class Lease:
 
     def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
         # In a forked process the memory is the same, and the parent's arrays are still alive.
-        if not self._kept and getpid() == self._pid:
+        if not self._kept and getpid() == self.memory.process:
             self.memory.map[0] = 0
 
 
@@ -82,9 +84,10 @@ class Memory:
 
     :ivar map: its bytes
     :ivar address: where they are
+    :ivar process: in which process
     """
 
-    __slots__ = ("address", "map", "size")
+    __slots__ = ("address", "map", "process", "size")
 
     def __init__(self, descriptor: int, size: int) -> None:
         # Python's mmap keeps a duplicate of the descriptor for as long as it lives, and a process
@@ -92,6 +95,7 @@ class Memory:
         # makes the kernel say no where a request is beyond all the memory that there is.
         self.map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.size = size
+        self.process = os.getpid()
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         flags = _MAP_SHARED | _MAP_FIXED
@@ -118,8 +122,8 @@ class Segment:
         self.last_use = 0
         self.descriptor: int | None = _anonymous_file(size)
         try:
-            os.posix_fallocate(self.descriptor, 0, size)  # or it would be SIGBUS, later
             self.memory = Memory(self.descriptor, size)
+            _allocate(self.descriptor, size)
         except BaseException:
             self.announced()
             raise
@@ -135,13 +139,13 @@ class Segments:
     """The segments that this side writes: those that are free are used again.
 
     :ivar made: how many there have been
-    :ivar dropped: indices that the other side has yet to be told to let go of
+    :ivar dropped: numbers of those that the other side has yet to be told to let go of
     """
 
     def __init__(self) -> None:
         self.made = 0
         self.dropped: list[int] = []
-        self._uses = 0
+        self._messages = 0
         self._segments: dict[int, Segment] = {}
 
     def __len__(self) -> int:
@@ -158,24 +162,21 @@ class Segments:
         :raises MemoryError: there is no room for it
         :raises OSError: there is no file descriptor for it
         """
-        needed, size = size, rounded(size)
-        free = [each for each in self._segments.values() if not each.memory.map[0]]
-        # Not one that is much larger: all of it stays in memory while any array of it is alive.
-        fitting = [each for each in free if size <= each.memory.size <= 2 * size]
-        if fitting:
-            segment = min(fitting, key=lambda each: each.memory.size)
-            free.remove(segment)
-        else:
-            segment = self._make(size)
-        self._uses += 1
-        segment.last_use = self._uses
+        segment = self._fitting(rounded(size)) or self._make(rounded(size))
         segment.memory.map[0] = 1
-        self._drop_some(free)
-        return segment, Lease(segment.memory, needed)
+        segment.last_use = self._messages
+        return segment, Lease(segment.memory, size)
+
+    def tidy(self) -> list[int]:
+        """Give up what nothing needs any more, once for each message; return ``dropped``."""
+        self._messages += 1
+        if len(self._segments) > SPARE or self._messages % PATIENCE == 0:
+            self._drop_some()
+        return self.dropped
 
     def forget(self, index: int) -> None:
         """The other side could not map it."""
-        self._segments.pop(index).announced()
+        self._segments.pop(index, None)
 
     def close(self) -> None:
         """Let go of all; arrays that are still alive on the other side stay valid."""
@@ -183,25 +184,41 @@ class Segments:
             segment.announced()
         self._segments.clear()
 
+    def _fitting(self, size: int) -> Segment | None:
+        """The smallest free one that holds so much."""
+        best = None
+        most = 2 * size  # all of it stays in memory while any array of it is alive
+        for segment in self._segments.values():
+            memory = segment.memory
+            if size <= memory.size <= most and not memory.map[0]:
+                best = segment
+                most = memory.size - 1
+        return best
+
     def _make(self, size: int) -> Segment:
         try:
             segment = Segment(self.made, size)
         except OSError as error:
             raise _explained(error, size) from error
-        self._segments[segment.index] = segment
         self.made += 1
+        self._segments[segment.index] = segment
         return segment
 
-    def _drop_some(self, free: list[Segment]) -> None:
-        """Give up the free ones that have not been used for long, or are too many."""
-        free.sort(key=lambda each: each.last_use)
+    def _drop_some(self) -> None:
+        free = [each for each in self._segments.values() if not each.memory.map[0]]
+        free.sort(key=lambda each: each.last_use, reverse=True)
+        total = 0
         for position, segment in enumerate(free):
-            spare = len(free) - position
-            if spare > SPARE or self._uses - segment.last_use > PATIENCE:
-                del self._segments[segment.index]
-                if segment.descriptor is None:
-                    self.dropped.append(segment.index)
-                segment.announced()
+            total += segment.memory.size
+            many = position >= SPARE or (position >= 2 and total > SPARE_BYTES)
+            if many or self._messages - segment.last_use > PATIENCE:
+                self._drop(segment)
+
+    def _drop(self, segment: Segment) -> None:
+        del self._segments[segment.index]
+        if segment.descriptor is None:
+            self.dropped.append(segment.index)
+        segment.announced()
 
 
 class Mapped:
@@ -257,6 +274,8 @@ def rounded(size: int) -> int:
 
 def _anonymous_file(size: int) -> int:
     """A descriptor, not inherited, of a file of that size without a name."""
+    if size > os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE:
+        raise OSError(errno.ENOMEM, "the machine has less")
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("asgi_infer", os.MFD_CLOEXEC)
     else:  # elsewhere than on Linux and FreeBSD
@@ -270,16 +289,22 @@ def _anonymous_file(size: int) -> int:
     return descriptor
 
 
+def _allocate(descriptor: int, size: int) -> None:
+    """Take the memory now, without the GIL: if there is none, writing to it would be SIGBUS."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(descriptor, 0, size)
+
+
 def _explained(error: OSError, size: int) -> Exception:
     if error.errno in {errno.EMFILE, errno.ENFILE}:
         return OSError(
             error.errno,
-            "there is no file descriptor left for the arrays of a call: raise the limit "
-            "(ulimit -n), or close what is not needed",
+            "no file descriptor is left for the arrays of a call: raise the limit (ulimit -n), "
+            "or look for what leaves files and sockets open",
         )
     return MemoryError(
-        f"there are no {size:,} bytes of memory to share with the worker: {error.strerror}. "
-        f"Send less in one call"
+        f"no {size:,} bytes of memory can be shared between two processes ({error.strerror}): "
+        f"send less in one call, or keep fewer results"
     )
 
 

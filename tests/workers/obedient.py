@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import sys
@@ -16,7 +17,7 @@ TARGET = f"{__name__}:serve"
 
 def serve(fd: int) -> None:
     """In the child: evaluate each line, and answer with what comes out, as JSON."""
-    names: dict[str, Any] = {"fd": fd}
+    names: dict[str, Any] = {"fd": fd, "os": os, "sys": sys}
     with socket.socket(fileno=fd) as sock, sock.makefile("rw") as lines:
         print("ready", file=sys.stderr)
         for line in lines:

@@ -39,7 +39,9 @@ def steady() -> Iterator[Obedient]:
     spawned, over = threading.Event(), threading.Event()
 
     def spawn() -> None:
-        made.append(Obedient())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("PYTHONUNBUFFERED", raising=False)  # it would buffer nothing anyway
+            made.append(Obedient())
         spawned.set()
         over.wait()
 
@@ -77,14 +79,14 @@ def _all_levels(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_has_its_parents_path(steady: Obedient) -> None:
     """Modules are found where the parent finds them, also by entries added at run time."""
-    assert steady.ask("import sys; answer = sys.path") == sys.path
+    assert steady.ask("answer = sys.path") == sys.path
     assert steady.ask("answer = sys.argv") == sys.argv
 
 
 def test_imports_only_what_it_uses(steady: Obedient) -> None:
     """The package is not imported as a whole, so that a child is up soon; its names are there
     all the same."""
-    loaded = "import sys; answer = sorted(n for n in sys.modules if n.startswith('asgi_infer'))"
+    loaded = "answer = sorted(n for n in sys.modules if n.startswith('asgi_infer'))"
     assert "asgi_infer._runner" not in steady.ask(loaded)
     assert steady.ask("import asgi_infer; answer = asgi_infer.NativePolicy.__module__") == (
         "asgi_infer.native.policy"
@@ -94,7 +96,7 @@ def test_imports_only_what_it_uses(steady: Obedient) -> None:
 
 def test_keeps_its_descriptors_to_itself(steady: Obedient) -> None:
     """What the model starts in turn does not inherit the connection."""
-    assert steady.ask("import os; answer = os.get_inheritable(fd)") is False
+    assert steady.ask("answer = os.get_inheritable(fd)") is False
     opened = "answer = sorted(os.listdir('/proc/self/fd'), key=int)"
     assert steady.ask(opened)[:5] == ["0", "1", "2", *steady.ask(opened)[3:5]]
     assert len(steady.ask(opened)) <= 5  # the connection, and the listing
@@ -131,11 +133,11 @@ def test_ends_by_itself(caplog: pytest.LogCaptureFixture) -> None:
     """One that ends when it is told to, and has a lot to say before: it is listened to."""
     with Obedient() as child:
         assert child.ask("answer = 1") == 1
-        assert not child.child.ended()
-        assert not child.child.ended(0.001)
+        assert not child.child.ended
+        assert not child.child.ends_within(0.001)
         child.tell("print('x' * 200_000); fd = None; raise SystemExit")
-        assert child.child.ended(LIMIT)
-        assert child.child.ended()
+        assert child.child.ends_within(LIMIT)
+        assert child.child.ended
         assert child.child.died() == "ended with exit code 0"
         assert sum(each.count("x") for each in caplog.messages) == 200_000
 
@@ -195,7 +197,9 @@ def test_flood(steady: Obedient, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_dump(steady: Obedient, caplog: pytest.LogCaptureFixture) -> None:
     """The stack of the main thread, also while it is in native code."""
-    steady.tell("def predict(): libc.usleep(10**5)\nlibc = ctypes.CDLL(None)\npredict()")
+    steady.tell(
+        "import ctypes\ndef predict(): libc.usleep(10**5)\nlibc = ctypes.CDLL(None)\npredict()"
+    )
 
     def seen() -> bool:
         steady.child.dump()
@@ -248,7 +252,7 @@ def test_exit_and_grandchildren(caplog: pytest.LogCaptureFixture) -> None:
     nothing."""
     with Obedient() as child:
         pid = child.ask("import subprocess; p = subprocess.Popen(['sleep', '60']); answer = p.pid")
-        code = "import os; os.write(1, b'no end of line'); os._exit(3)"
+        code = "os.write(1, b'no end of line'); os._exit(3)"
         assert end(child, code) == "ended with exit code 3"
         assert "m-0: no end of line" in caplog.messages
         assert child.child.last_words == "ready"
@@ -258,6 +262,7 @@ def test_exit_and_grandchildren(caplog: pytest.LogCaptureFixture) -> None:
 def test_killed_by_others() -> None:
     """The kernel's kill, when memory runs out, is told from the worker's own."""
     with Obedient() as child:
+        child.child.dump()
         os.kill(child.child.pid, signal.SIGKILL)
         until_true(lambda: bool(select.select([child.child.sentinel], [], [], 0)[0]))
         child.child.kill()
@@ -291,13 +296,13 @@ def test_closes_everything(caplog: pytest.LogCaptureFixture) -> None:
     can't be killed is left behind."""
     child = Obedient()
     with pytest.raises(EOFError):
-        child.ask("import os, time; os.closerange(0, 100); time.sleep(60)")
+        child.ask("import time; os.closerange(0, 100); time.sleep(60)")
     assert child.child.died() == "has closed its connection, but still runs"
     pid = child.child.pid
     child.child.kill()
     assert f"m-0: process {pid} was killed and did not end in 0.01 s" in caplog.text
     os.kill(pid, signal.SIGKILL)
-    until_true(lambda: child.child.ended())
+    until_true(lambda: child.child.ended)
     child.__exit__(None, None, None)
 
 
