@@ -610,3 +610,22 @@ def reduce_reference(spec: ModelSpec) -> Callable[[ModelReference], Any]:
         return refer, (path,)
 
     return reduce
+
+
+def send_spec(channel: Channel, spec: ModelSpec) -> None:
+    """Tell a process which model to load.
+
+    :raises TypeError: what makes the model does not pickle
+    :raises OSError: the process has gone
+    """
+    try:
+        opening = channel.encode(spec)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise TypeError(
+            f"load, warmup or NativePolicy.contexts of {spec.name!r} can't be sent to the process "
+            f"of the model: {describe(error)}. They are to be importable (a class, a method or a "
+            f"function of a module, no lambda); functools.partial adds arguments"
+        ) from error
+    channel.send(Kind.OPEN, opening)

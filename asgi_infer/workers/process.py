@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from .._checks import check_count
 from .._model import ModelReference
 from ..native import NativePolicy, cpu
-from ._channel import Channel, Kind
+from ._channel import Channel
 from ._child import Child
 from ._page import ControlPage, make_page_file
 from ._protocol import ModelSpec
-from ._remote import RemoteReplica, RemoteWorker, reduce_reference
+from ._remote import RemoteReplica, RemoteWorker, reduce_reference, send_spec
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class ProcessReplica(RemoteReplica):
     def _connect(self) -> ProcessLink:
         link = ProcessLink(self._spec)
         try:
-            opening = link.channel.encode(replace(self._spec, native=self._native))
-            link.channel.send(Kind.OPEN, opening)
+            send_spec(link.channel, replace(self._spec, native=self._native))
         except BaseException:
             link.close()
             raise
@@ -96,7 +95,7 @@ class ProcessLink:
     def attend(self) -> bool:
         """Log what it has written; False if it has ended."""
         self._child.pump()
-        return not self._child.ended()
+        return not self._child.ended
 
     def dump(self) -> None:
         """Have it write its stacks to the log."""
