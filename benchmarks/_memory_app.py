@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from asgi_infer import InferenceRunner
 from asgi_infer.workers import SharedWorker, ThreadWorker
+from asgi_infer.workers._protocol import Worker
 
 from ._models import Ballast
 
@@ -24,7 +25,10 @@ MEBIBYTES = "BENCH_MEBIBYTES"
 WORKER = "BENCH_WORKER"
 
 _folder = Path(os.environ[FOLDER])
-_WORKERS = {"ThreadWorker": ThreadWorker(), "SharedWorker": SharedWorker(_folder / "model")}
+_WORKERS: dict[str, Worker] = {
+    "ThreadWorker": ThreadWorker(),
+    "SharedWorker": SharedWorker(_folder / "model"),
+}
 
 runner = InferenceRunner(
     partial(Ballast, int(os.environ[MEBIBYTES])), worker=_WORKERS[os.environ[WORKER]]

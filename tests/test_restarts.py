@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
 from typing import Any
 
@@ -10,7 +11,6 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from asgi_infer import _restarts
 from asgi_infer._restarts import NEVER, RestartPolicy, Restarts
 
 
@@ -32,7 +32,7 @@ class Crashing:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """No jitter."""
-    monkeypatch.setattr(_restarts.random, "uniform", lambda least, most: most)
+    monkeypatch.setattr(random, "uniform", lambda least, most: most)
 
 
 @pytest.mark.usefixtures("exact")
@@ -151,6 +151,6 @@ def test_unfit_seconds(name: str, value: Any) -> None:
 @pytest.mark.parametrize("value", [0, 0.0, 1, threading.TIMEOUT_MAX])
 def test_fitting_seconds(value: float) -> None:
     """Nothing at all and all that a thread can wait for are times, too."""
-    policy = RestartPolicy(**dict.fromkeys(SECONDS, value))
+    policy = RestartPolicy(**dict.fromkeys(SECONDS, value))  # type: ignore[arg-type]
     assert [getattr(policy, name) for name in SECONDS] == [value] * 4
     assert Restarts(policy).note() == 0.0

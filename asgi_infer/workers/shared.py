@@ -233,7 +233,7 @@ class SharedLink:
             os.close(self._pidfd)
             self._pidfd = None
         if self._child is not None and self._child.sentinel >= 0:
-            if self._child.ended():
+            if self._child.ended:
                 self._child.close()
             else:
                 self._child.detach()
@@ -281,7 +281,7 @@ class SharedLink:
     def _ended(self, within: float) -> bool:
         """Whether it has ended, after a while at the most, if it is known."""
         if self._child is not None:
-            return self._child.ended(within)
+            return self._child.ends_within(within)
         return self._pidfd is not None and _readable(self._pidfd, within)
 
     def _end(self) -> None:

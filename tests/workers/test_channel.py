@@ -21,8 +21,9 @@ import pytest
 
 import asgi_infer
 from asgi_infer.workers import _channel, _segments
-from asgi_infer.workers._channel import Channel, Kind, Used
+from asgi_infer.workers._channel import Channel, Kind
 from asgi_infer.workers._codec import INLINE
+from asgi_infer.workers._protocol import Used
 
 LARGE = 10_000
 Ends = tuple[Channel, Channel]
