@@ -617,3 +617,20 @@ def reduce_reference(spec: ModelSpec) -> Callable[[ModelReference], Any]:
         return refer, (path,)
 
     return reduce
+
+
+def encode_spec(channel: Channel, spec: ModelSpec) -> Encoded:
+    """What tells a process which model to load.
+
+    :raises TypeError: what makes the model does not pickle
+    """
+    try:
+        return channel.encode(spec)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise TypeError(
+            f"load, warmup or NativePolicy.contexts of {spec.name!r} can't be sent to the process "
+            f"of the model: {describe(error)}. They are to be importable (a class, a method or a "
+            f"function of a module, no lambda); functools.partial adds arguments"
+        ) from error
