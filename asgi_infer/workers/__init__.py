@@ -11,10 +11,15 @@ from .thread import ThreadWorker
 if TYPE_CHECKING:
     from ._errors_across import RemoteError
     from .process import ProcessWorker
+    from .ray import RayWorker
 
-__all__ = ["ProcessWorker", "RemoteError", "RestartPolicy", "ThreadWorker"]
+__all__ = ["ProcessWorker", "RayWorker", "RemoteError", "RestartPolicy", "ThreadWorker"]
 
-_LATER = {"ProcessWorker": ".process", "RemoteError": "._errors_across"}
+_LATER = {
+    "ProcessWorker": ".process",
+    "RayWorker": ".ray",
+    "RemoteError": "._errors_across",
+}
 """Loaded when they are asked for: most servers need none of what starts processes."""
 
 
