@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import pickle
-
 import inspect
+import pickle
 from collections.abc import Iterator
 from functools import partial, update_wrapper
 from typing import Any, NoReturn

@@ -12,13 +12,22 @@ if TYPE_CHECKING:
     from ._errors_across import RemoteError
     from .process import ProcessWorker
     from .ray import RayWorker
+    from .shared import SharedWorker
 
-__all__ = ["ProcessWorker", "RayWorker", "RemoteError", "RestartPolicy", "ThreadWorker"]
+__all__ = [
+    "ProcessWorker",
+    "RayWorker",
+    "RemoteError",
+    "RestartPolicy",
+    "SharedWorker",
+    "ThreadWorker",
+]
 
 _LATER = {
     "ProcessWorker": ".process",
     "RayWorker": ".ray",
     "RemoteError": "._errors_across",
+    "SharedWorker": ".shared",
 }
 """Loaded when they are asked for: most servers need none of what starts processes."""
 

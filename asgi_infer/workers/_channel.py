@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from ._codec import INLINE, Encoded, Encoder, Layout, Reducer, decode, main_here
 from ._protocol import Used
-from ._segments import Mapped, Segments
+from ._segments import MOST, Mapped, Segments
 
 
 class Kind(enum.IntEnum):
@@ -99,6 +99,7 @@ class Channel:
         dispatch: Mapping[type, Reducer] = MappingProxyType({}),
         main: Callable[[], str] = main_here,
     ) -> None:
+        sock.settimeout(None)  # whatever socket.setdefaulttimeout has made of it
         self._sock = sock
         self._main = main
         self._segments = Segments()
@@ -148,8 +149,8 @@ class Channel:
         dropped, lost = self._segments.tidy(), self._mapped.lost
         if dropped or lost:
             tail = array("I", dropped + lost).tobytes() + tail
-        rest = (number, stream, deadline or 0.0, *(used or _NOTHING_USED))
-        head = _HEAD.pack(kind, flags, len(dropped), len(lost), len(tail), *rest)
+        details = (number, stream, deadline or 0.0, *(used or _NOTHING_USED))
+        head = _HEAD.pack(kind, flags, len(dropped), len(lost), len(tail), *details)
         self._transmit(head + tail, descriptor)
         dropped.clear()
         lost.clear()
@@ -214,7 +215,7 @@ class Channel:
         """The message at the start of the inbox, if it is complete."""
         if self._arrived < _HEAD.size:
             return None
-        kind, flags, dropped, lost, length, *rest = _HEAD.unpack_from(self._inbox)
+        kind, flags, dropped, lost, length, *details = _HEAD.unpack_from(self._inbox)
         end = _HEAD.size + length
         if kind >= len(_KINDS) or end > _LONGEST:
             raise ValueError(f"this is not the start of a message: {bytes(self._inbox[:16])!r}")
@@ -226,10 +227,13 @@ class Channel:
             self._inbox[: self._arrived] = self._inbox[end : end + self._arrived]
         if dropped or lost:
             tail = self._take_notes(tail, dropped, lost)
+        return self._message(_KINDS[kind], flags, details, tail)
+
+    def _message(self, kind: Kind, flags: int, details: list[Any], tail: bytes) -> Message:
+        number, stream, deadline, *used = details
         size, read = self._body(flags, tail)
-        number, stream, deadline, *used = rest
         return Message(
-            _KINDS[kind],
+            kind,
             number,
             stream,
             deadline if flags & _HAS_DEADLINE else None,
@@ -284,7 +288,7 @@ _NOTHING_USED = Used(0, 0, 0.0)
 # tells. The tail: indices of those segments, the layout, the pickle stream.
 _HEAD = struct.Struct("=BBHHxxIqqdqqd")
 _LAYOUT = struct.Struct("=IQIQQ?")  # as the fields of Layout
-_LONGEST = _HEAD.size + _LAYOUT.size + INLINE + 4 * 2 * 0xFFFF
+_LONGEST = _HEAD.size + 4 * 4 * MOST + _LAYOUT.size + INLINE  # there are not much more than MOST
 
 _HAS_DEADLINE, _HAS_USED, _HAS_LAYOUT, _ASKS_MAIN, _NEW_SEGMENT = (1 << bit for bit in range(5))
 

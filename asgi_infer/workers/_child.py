@@ -148,11 +148,16 @@ class Child:
 
     # -- its end -------------------------------------------------------------------------------
 
-    def ended(self, within: float = 0) -> bool:
-        """Whether it has ended, after some seconds at the most. What it writes is logged
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self._reap()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it ends by itself, in some seconds at the most. What it writes is logged
         meanwhile, since it could not end while it waits for somebody to read.
         """
-        deadline = time.monotonic() + within
+        deadline = time.monotonic() + seconds
         while not self._reap():
             left = deadline - time.monotonic()
             if left <= 0:
@@ -166,7 +171,7 @@ class Child:
     def kill(self) -> None:
         """End it, also if it is stopped, and wait for that. More than once does no harm."""
         self.interrupt()
-        if not self.ended(_PATIENCE):
+        if not self.ends_within(_PATIENCE):
             logger.error(
                 "%s: process %d was killed and did not end in %g s: it hangs in the kernel (a "
                 "driver, a network file system). It is left behind",
@@ -182,7 +187,7 @@ class Child:
         To be called when it has closed its end of a socket, or the sentinel is readable: it gets
         a moment to end in.
         """
-        if not self.ended(_MOMENT):
+        if not self.ends_within(_MOMENT):
             return "has closed its connection, but still runs"
         for output in self._outputs:
             output.finish()
@@ -211,6 +216,19 @@ class Child:
         with self._lock:
             os.close(self.sentinel)
             self.sentinel = -1
+
+    def detach(self) -> None:
+        """Let it live on, and close what belongs to it: what it writes is not read any more.
+
+        It is reaped by ``bury_detached``, once it has ended.
+        """
+        for output in self._outputs:
+            output.finish()
+        with self._lock:
+            os.close(self.sentinel)
+            self.sentinel = -1
+        self._process.returncode = 0  # so that nobody else waits for it, or complains
+        _detached.append(self)
 
     def _send(self, signum: int) -> None:
         with self._lock:
@@ -248,6 +266,14 @@ class Child:
         pipe = cast("FileIO", file)
         os.set_blocking(pipe.fileno(), False)
         return pipe
+
+
+_detached: list[Child] = []  # under the GIL: to append and to replace is all that is done
+
+
+def bury_detached() -> None:
+    """Reap those children that were detached and have ended."""
+    _detached[:] = [each for each in _detached if not each._reap()]  # noqa: SLF001  # its own file
 
 
 def describe(code: int, *, killed: bool) -> str:

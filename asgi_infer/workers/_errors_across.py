@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ._codec import loads
@@ -56,8 +58,13 @@ def pack_error(error: BaseException, traceback: str) -> PackedError:
 
     :param traceback: how it was raised, formatted
     """
+    kind = type(error)
     return PackedError(
-        _pickled(error), _type_name(error), _message(error), _notes(error), _cut(traceback)
+        _pickled(error),
+        _text(lambda: _dotted(kind), "(an exception whose type could not be read)"),
+        _text(lambda: str(error), "(its text could not be read: its __str__ raised)"),
+        _notes(error),
+        _cut(traceback),
     )
 
 
@@ -70,7 +77,8 @@ def unpack_error(packed: PackedError) -> BaseException:
         error = RemoteError(packed.type_name, packed.message)
         for note in packed.notes:
             error.add_note(note)
-    _set_cause(error, RemoteTraceback(packed.traceback))
+    with suppress(BaseException):  # its __setattr__ may refuse that
+        _set_cause(error, RemoteTraceback(packed.traceback))
     return error
 
 
@@ -93,17 +101,23 @@ def _make(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any
 
 
 def _pickled(error: BaseException) -> bytes | None:
-    """A pickle of it, of which it is known that an equal exception comes out."""
-    return _tried(error, error) or _tried(_WithoutInit(error), error)
+    """A pickle of it, of which it is known that it can be read; if possible, with its text."""
+    plain, alike = _tried(error, error)
+    if not alike:
+        bare, alike = _tried(_WithoutInit(error), error)
+        # Texts differ by nothing of importance where they hold the address of some object.
+        return bare if alike or plain is None else plain
+    return plain
 
 
-def _tried(form: object, error: BaseException) -> bytes | None:
+def _tried(form: object, error: BaseException) -> tuple[bytes | None, bool]:
+    """A pickle, if an exception of that type comes out of it; and whether its text is the same."""
     try:
         pickled = pickle.dumps(form, 5)
         copy = loads(pickled)
-        return pickled if type(copy) is type(error) and str(copy) == str(error) else None
+        return (pickled, str(copy) == str(error)) if type(copy) is type(error) else (None, False)
     except BaseException:  # of any method of its own
-        return None
+        return None, False
 
 
 def _unpickled(pickled: bytes | None) -> BaseException | None:
@@ -124,20 +138,16 @@ def _set_cause(error: BaseException, cause: BaseException) -> None:
     error.__cause__ = cause
 
 
-def _type_name(error: BaseException) -> str:
-    kind = type(error)
-    return _cut(kind.__qualname__ if kind.__module__ == "builtins" else _dotted(kind))
-
-
 def _dotted(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    name = kind.__qualname__
+    return name if kind.__module__ == "builtins" else f"{kind.__module__}.{name}"
 
 
-def _message(error: BaseException) -> str:
+def _text(make: Callable[[], str], instead: str) -> str:
     try:
-        return _cut(str(error))
+        return _cut("".join([make()]))  # a plain string: its own kind of string may not pickle
     except BaseException:
-        return "(its text could not be read: its __str__ raised)"
+        return instead
 
 
 def _notes(error: BaseException) -> tuple[str, ...]:

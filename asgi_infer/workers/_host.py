@@ -89,6 +89,10 @@ class Host:
         if steps is not None:
             steps.close()
 
+    def has(self, stream: int) -> bool:
+        """Whether that stream has begun and not been closed."""
+        return stream in self._streams
+
     def close(self) -> None:
         """Close what is open, and destroy the model."""
         for stream in list(self._streams):
@@ -110,6 +114,7 @@ class _Host:
     """The model of this process: guarded by nothing, there is one thread."""
 
     spec: ModelSpec | None = None
+    elsewhere = Used()  # what was used for others than the one whose request it is
 
 
 _host = _Host()
@@ -121,9 +126,23 @@ def refer(path: tuple[str, ...]) -> ModelReference:
 
 
 def used() -> Used:
-    """What this thread has used so far, and its process."""
+    """What this thread has used so far, and its process, in the name of those it serves now."""
+    return _less(_used_in_all(), _host.elsewhere)
+
+
+def count_from(so_far: Used) -> None:
+    """What is used from now on adds to ``so_far``."""
+    _host.elsewhere = _less(_used_in_all(), so_far)
+
+
+def _used_in_all() -> Used:
     counted = thread_usage()
     return Used(counted.ru_nvcsw, counted.ru_minflt, time.process_time())
+
+
+def _less(used: Used, other: Used) -> Used:
+    switches, faults, seconds = other
+    return Used(used.ru_nvcsw - switches, used.ru_minflt - faults, used.seconds - seconds)
 
 
 # -- requests ----------------------------------------------------------------------------------

@@ -9,16 +9,19 @@ import tempfile
 from ._segments import Memory
 
 _SIZE = mmap.PAGESIZE
-_CANCELLED, _STARTED = 0, 1  # words of 64 bits
+_CANCELLED, _STARTED, _BEGAN, _PID = range(4)  # words of 64 bits
 
 
 class ControlPage:
-    """Two numbers of requests: each is written by one side and read by the other, unlocked.
+    """Numbers: each is written by one side and read by the other, unlocked.
 
     :param fd: of the page; the caller's to close
 
     :ivar cancelled: the latest request that nobody waits for any more; the runner's side writes
     :ivar started: the latest request that has begun to run; the model's side writes
+    :ivar began: when that was, where anybody asks: ``time.monotonic()``, which all processes of a
+        machine share, to the microsecond; likewise
+    :ivar pid: the process at the model's side, once that is known; likewise
     """
 
     def __init__(self, fd: int) -> None:
@@ -40,6 +43,22 @@ class ControlPage:
     @started.setter
     def started(self, number: int) -> None:
         self._words[_STARTED] = number
+
+    @property
+    def began(self) -> float:
+        return self._words[_BEGAN] / 1e6
+
+    @began.setter
+    def began(self, seconds: float) -> None:
+        self._words[_BEGAN] = int(seconds * 1e6)
+
+    @property
+    def pid(self) -> int:
+        return self._words[_PID]
+
+    @pid.setter
+    def pid(self, pid: int) -> None:
+        self._words[_PID] = pid
 
 
 def make_page_file() -> int:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Protocol
 
 from .._call import Call, Work, here
 from .._checks import check_seconds
-from .._errors import DeadlineExceeded, NotReady, WorkerCrashed, describe
+from .._errors import CallCancelled, DeadlineExceeded, NotReady, WorkerCrashed, describe
 from .._model import ForeignReference, ModelReference, name_of, owner_and_path
 from .._refusals import retry_after
 from .._restarts import RestartPolicy, Restarts
@@ -141,7 +141,10 @@ class RemoteReplica:
         self._used = Used()
         self._used_before = self._used  # in processes that are gone
         self._poison = Poison()
-        self._watched: tuple[int, ...] | None = None
+        # Asking for descriptors takes longer than to wait for them: they are asked for again when
+        # something has been seen to, or the link is another.
+        self._descriptors: tuple[int, ...] | None = None
+        self._watched: tuple[int, ...] | None = None  # what _poll waits for
         self._poll = select.poll()
         # Written by the inference thread, read under the scheduler's lock.
         self._running: tuple[Call, int] | None = None
@@ -171,6 +174,7 @@ class RemoteReplica:
         """
         self._lost = lost
         self._link = link = self._connect()
+        self._descriptors = None
         self._used_before = self._used
         loaded = False
         try:
@@ -266,9 +270,14 @@ class RemoteReplica:
     def iterate(self, work: Work, context: Context, /) -> Steps:
         """Begin a generator in the process of the model; return what steps it from here."""
         del context
+        stream = self._next_stream()
+        self._value(self._begin(Kind.ITERATE, work, stream))
+        return RemoteSteps(self, self._linked(), stream)
+
+    def _next_stream(self) -> int:
+        """A number for a stream."""
         self._streams += 1
-        self._value(self._begin(Kind.ITERATE, work, self._streams))
-        return RemoteSteps(self, self._linked(), self._streams)
+        return self._streams
 
     def step(self, link: Link, stream: int) -> Any:
         """The next item of a stream that has begun over that link."""
@@ -384,6 +393,8 @@ class RemoteReplica:
         return error
 
     def _value(self, reply: Message) -> Any:
+        if reply.kind is Kind.SKIPPED:
+            raise CallCancelled("nobody waited for this call any more when its turn came")
         if reply.kind is not Kind.RAISED:
             return reply.body()
         error = unpack_error(reply.body())
@@ -420,7 +431,7 @@ class RemoteReplica:
         alive = True
         while True:
             left = None if until is None else max(0.0, until - time.monotonic())
-            ready = self._ready(link, left)
+            ready = self._wait_on(self._descriptors_of(link), left)
             if self._interrupted.is_set():
                 link.kill()
                 raise Interrupted
@@ -436,15 +447,21 @@ class RemoteReplica:
                 raise Died
             if not ready:
                 raise Overran
-            alive = link.attend()
+            alive = self._attend(link)
 
-    def _ready(self, link: Link, seconds: float | None) -> bool:
-        """Wait until there is something to attend to; whether there is."""
-        watched = (link.channel.fileno(), self._interrupt.fileno(), *link.watched)
-        return self._wait_on(watched, seconds)
+    def _descriptors_of(self, link: Link) -> tuple[int, ...]:
+        """What to wait for while something is done over there."""
+        if self._descriptors is None:
+            self._descriptors = (self._interrupt.fileno(), link.channel.fileno(), *link.watched)
+        return self._descriptors
+
+    def _attend(self, link: Link) -> bool:
+        self._descriptors = None
+        return link.attend()
 
     def _wait_on(self, watched: tuple[int, ...], seconds: float | None) -> bool:
-        if watched != self._watched:
+        """Wait until there is something to attend to; whether there is."""
+        if watched is not self._watched:
             self._watched, self._poll = watched, select.poll()
             for fd in watched:
                 self._poll.register(fd, select.POLLIN)
@@ -455,9 +472,9 @@ class RemoteReplica:
         until = None if timeout < 0 else time.monotonic() + timeout
         while not self._interrupted.is_set():
             link = self._link
-            watched = () if link is None else (link.channel.fileno(), *link.watched)
             left = -1.0 if until is None else max(0.0, until - time.monotonic())
-            if latch.acquire(left, (self._interrupt.fileno(), *watched)):
+            others = (self._interrupt.fileno(),) if link is None else self._descriptors_of(link)
+            if latch.acquire(left, others):
                 return True
             if link is not None and not self._still_there(link):
                 self._crashed(link, "while it was idle", None)
@@ -471,7 +488,7 @@ class RemoteReplica:
             said = link.channel.receive_now()
         except (EOFError, OSError):
             return False
-        return said is None and link.attend()
+        return said is None and self._attend(link)
 
     def _linked(self) -> Link:
         if self._link is None:  # it was lost in the midst of a batch, say

@@ -96,7 +96,7 @@ class ProcessLink:
     def attend(self) -> bool:
         """Log what it has written; False if it has ended."""
         self._child.pump()
-        return not self._child.ended()
+        return not self._child.ended
 
     def dump(self) -> None:
         """Have it write its stacks to the log."""

@@ -37,8 +37,12 @@ def freeze() -> None:
 WAYS = {"segfault": segfault, "abort": os.abort, "exit": leave, "kill": killed}
 
 
-def die(way: str) -> None:
-    """End, or stop, this process here and now."""
+def die(way: str, number: int = 0) -> None:
+    """End, or stop, this process here and now.
+
+    :param number: what makes one call differ from another, that has crashed before
+    """
+    del number
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     {**WAYS, "freeze": freeze}[way]()
 
@@ -91,6 +95,24 @@ class ExitsWhenPickled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         sys.exit(3)
+
+
+class Once:
+    """An argument that can be sent once."""
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+        self.sent = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.sent:
+            raise LookupError("it has been sent")
+        self.sent = True
+        return Once, (self.way,)
+
+
+def die_of(once: Once) -> None:
+    die(once.way)
 
 
 def raise_error(text: str) -> None:

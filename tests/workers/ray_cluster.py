@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -43,5 +45,8 @@ def cluster() -> Iterator[None]:
         try:
             yield
         finally:
-            ray.shutdown()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)  # it drops its children's Popen
+                ray.shutdown()
+                gc.collect()
             signal.signal(signal.SIGTERM, at_sigterm)

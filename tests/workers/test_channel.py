@@ -21,8 +21,9 @@ import pytest
 
 import asgi_infer
 from asgi_infer.workers import _channel, _segments
-from asgi_infer.workers._channel import Channel, Kind, Used
+from asgi_infer.workers._channel import Channel, Kind
 from asgi_infer.workers._codec import INLINE
+from asgi_infer.workers._protocol import Used
 
 LARGE = 10_000
 Ends = tuple[Channel, Channel]
@@ -82,7 +83,7 @@ def test_both_ways(ends: Ends) -> None:
     """Each end asks and answers, with segments of its own, which are used again and again."""
     for number in range(20):
         there = deliver(*ends, np.full(LARGE, number))
-        back = deliver(*reversed(ends), there + 1)
+        back = deliver(ends[1], ends[0], there + 1)
         assert back.tolist() == [number + 1] * LARGE
     # What came last lives until the next has come.
     assert [end._segments.made for end in ends] == [2, 2]
@@ -129,6 +130,14 @@ def test_largest_inline(ends: Ends) -> None:
     assert np.array_equal(got[1], arrays)
 
 
+def test_default_timeout(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """A time limit that an application sets for all new sockets is none for a channel."""
+    sockets[0].settimeout(0)  # as socket.setdefaulttimeout(0) would
+    Channel(sockets[0])
+    assert sockets[0].gettimeout() is None
+    assert sockets[0].getblocking()
+
+
 # -- without waiting ---------------------------------------------------------------------------
 
 
@@ -163,10 +172,10 @@ def test_part_of_a_message(sockets: Any) -> None:
 
 def test_two_messages_at_once(ends: Ends) -> None:
     """A second message that is there already waits for its turn, its segment too."""
-    for number in range(3):
-        ends[0].send(Kind.RESULT, ends[0].encode(np.full(LARGE + 10**5 * number, number)))
-    for number in range(3):
-        assert ends[1].receive().body()[0] == number
+    for size in (1, LARGE, 1, 10 * LARGE, 1, 1):
+        ends[0].send(Kind.RESULT, ends[0].encode(np.full(size, size)))
+    for size in (1, LARGE, 1, 10 * LARGE, 1, 1):
+        assert ends[1].receive().body().tolist() == [size] * size
 
 
 def test_interrupted_send(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +339,7 @@ def test_no_descriptor_to_receive(ends: Ends) -> None:
     with pytest.raises(OSError, match=r"to receive 80,\d+ bytes: raise the limits"):
         message.body()
     assert len(ends[0]._segments) == 1
-    deliver(*reversed(ends), "answer")
+    deliver(ends[1], ends[0], "answer")
     assert len(ends[0]._segments) == 0
     assert deliver(*ends, np.ones(LARGE)).sum() == LARGE
 

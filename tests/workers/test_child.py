@@ -133,11 +133,11 @@ def test_ends_by_itself(caplog: pytest.LogCaptureFixture) -> None:
     """One that ends when it is told to, and has a lot to say before: it is listened to."""
     with Obedient() as child:
         assert child.ask("answer = 1") == 1
-        assert not child.child.ended()
-        assert not child.child.ended(0.001)
+        before = child.child.ended
+        assert not child.child.ends_within(0.001)
         child.tell("print('x' * 200_000); fd = None; raise SystemExit")
-        assert child.child.ended(LIMIT)
-        assert child.child.ended()
+        assert child.child.ends_within(LIMIT)
+        assert (before, child.child.ended) == (False, True)
         assert child.child.died() == "ended with exit code 0"
         assert sum(each.count("x") for each in caplog.messages) == 200_000
 
@@ -197,7 +197,9 @@ def test_flood(steady: Obedient, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_dump(steady: Obedient, caplog: pytest.LogCaptureFixture) -> None:
     """The stack of the main thread, also while it is in native code."""
-    steady.tell("import ctypes\ndef predict(): libc.usleep(10**5)\nlibc = ctypes.CDLL(None)\npredict()")
+    steady.tell(
+        "import ctypes\ndef predict(): libc.usleep(10**5)\nlibc = ctypes.CDLL(None)\npredict()"
+    )
 
     def seen() -> bool:
         steady.child.dump()
@@ -300,7 +302,7 @@ def test_closes_everything(caplog: pytest.LogCaptureFixture) -> None:
     child.child.kill()
     assert f"m-0: process {pid} was killed and did not end in 0.01 s" in caplog.text
     os.kill(pid, signal.SIGKILL)
-    until_true(lambda: child.child.ended())
+    until_true(lambda: child.child.ended)
     child.__exit__(None, None, None)
 
 

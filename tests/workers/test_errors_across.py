@@ -59,8 +59,7 @@ class Hostile(Exception):
 
     __str__ = Textless.__str__
 
-    @property
-    def __notes__(self) -> NoReturn:
+    def __getattribute__(self, name: str) -> Any:
         raise MemoryError
 
 
@@ -137,7 +136,7 @@ def test_stands_for_it() -> None:
 
     error = Local("here only")
     error.add_note("a note")
-    error.add_note(7)  # type: ignore[arg-type]  # Python refuses that
+    error.__notes__.append(7)  # type: ignore[arg-type]  # as nobody should
     got = cross(error)
     assert isinstance(got, RemoteError)
     assert got.type_name.endswith("test_stands_for_it.<locals>.Local")
@@ -165,6 +164,58 @@ def test_never_fails(kind: type[Exception]) -> None:
     assert isinstance(got, RemoteError)
     assert got.type_name == f"{__name__}.{kind.__name__}"
     assert got.message == "(its text could not be read: its __str__ raised)"
+
+
+class Frozen(Exception):
+    """Takes no attributes."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(name)
+
+
+class Unnamed(type):
+    """A type that can't be asked either."""
+
+    def __getattribute__(cls, name: str) -> Any:
+        raise ValueError(name)
+
+
+class OwnString(Exception):
+    """Its text is no plain string."""
+
+    def __str__(self) -> str:
+        class Text(str):
+            __slots__ = ()
+
+        return Text("text")
+
+
+def test_takes_no_cause() -> None:
+    """An exception that does not let its cause be set arrives without the traceback."""
+    got = cross(Frozen("cold"))
+    assert type(got) is Frozen
+    assert got.__cause__ is None
+
+
+def test_strange_types() -> None:
+    """The same for its type, and for a text that does not pickle."""
+    got = cross(Unnamed("Error", (Exception,), {})("text"))
+    assert isinstance(got, RemoteError)
+    assert str(got) == "(an exception whose type could not be read): text"
+    got = cross(OwnString(lambda: None))
+    assert isinstance(got, RemoteError)
+    assert got.message == "text"
+
+
+class Addressed:
+    """Has the text that Python gives to objects by default."""
+
+
+def test_text_with_an_address() -> None:
+    """A text that differs in an address does not cost an exception its type."""
+    got = cross(ValueError(Addressed()))
+    assert type(got) is ValueError
+    assert type(got.args[0]) is Addressed
 
 
 def test_huge_texts() -> None:

@@ -153,7 +153,7 @@ class Unspeakable(Exception):
         raise ValueError("no text")
 
     @property
-    def __notes__(self) -> NoReturn:
+    def __notes__(self) -> NoReturn:  # type: ignore[override]
         raise ValueError("no notes")
 
     def __reduce__(self) -> NoReturn:

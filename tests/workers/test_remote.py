@@ -237,7 +237,7 @@ def test_crash(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     """The call that ran is told how its process ended; the next one runs in another."""
     replica = make(die, echo)
     replica.links[0].last_words = "Fatal: it was me"
-    with pytest.raises(WorkerCrashed, match="SIGTEST while len ran|SIGTEST while a call ran") as e:
+    with pytest.raises(WorkerCrashed, match="SIGTEST while a call ran") as e:
         replica.call(len)
     assert "Fatal: it was me" in e.value.__notes__[0]
     assert (replica.losses, replica.lost) == (1, True)
@@ -347,7 +347,7 @@ def test_poison(make: Make) -> None:
     for _ in range(2):
         with pytest.raises(WorkerCrashed, match="SIGTEST"):
             replica.call(len, bad)
-    with pytest.raises(WorkerCrashed, match="has crashed .* 2 times, and is not run again"):
+    with pytest.raises(WorkerCrashed, match=r"has crashed .* 2 times, and is not run again"):
         replica.call(len, bad.copy())
     assert replica.call(len, good) is None
     assert len(replica.links) == 3
@@ -556,6 +556,7 @@ def test_what_an_idle_process_writes(make: Make, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(link, "attend", attend)
     monkeypatch.setattr(PeerLink, "watched", property(lambda _: (noisy.fileno(),)))
     noisy = _Noise()
+    replica._descriptors = None  # it asks again
     assert replica.wake_up.acquire(timeout=LIMIT)
     assert attended >= 3
     noisy.close()
