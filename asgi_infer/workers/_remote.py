@@ -33,6 +33,7 @@ from ._host import refer
 from ._latch import Latch
 from ._page import ControlPage
 from ._protocol import ModelSpec, Steps, Used
+from .thread import leak
 
 logger = logging.getLogger("asgi_infer")
 
@@ -234,6 +235,7 @@ class RemoteReplica:
 
     def leave_behind(self) -> None:
         """In a forked child: close what would keep the parent's process from noticing its end."""
+        leak(self)  # what it holds is the parent's
         if self._link is not None:
             self._link.leave_behind()
 
@@ -403,7 +405,7 @@ class RemoteReplica:
         if reply.kind is Kind.SKIPPED:
             raise CallCancelled("nobody waited for this call any more when its turn came")
         if reply.kind is not Kind.RAISED:
-            return reply.body()
+            return _result(reply)
         error = unpack_error(reply.body())
         try:
             raise error
@@ -601,6 +603,14 @@ class RemoteSteps:
     def close(self) -> None:
         """Run its ``finally`` blocks, if the process in which it has begun is still there."""
         self._replica.end(self._link, self._stream)
+
+
+def _result(reply: Message) -> Any:
+    try:
+        return reply.body()
+    except Exception as error:
+        error.add_note("(raised where the call's result was unpickled)")
+        raise
 
 
 def _nothing() -> NoReturn:

@@ -137,6 +137,26 @@ def test_error_that_can_not_be_sent(make: Make) -> None:
         make(fail).call(len)
 
 
+class Unreadable:
+    """Pickles, and does not unpickle."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+def test_result_that_does_not_unpickle(make: Make) -> None:
+    """The error says where it comes from, and the next call runs."""
+
+    def reply(message: Message, peer: Peer) -> None:
+        peer.reply(Unreadable(), message)
+
+    replica = make(reply, echo)
+    with pytest.raises(ValueError, match="no number") as caught:
+        replica.call(len)
+    assert "result was unpickled" in caught.value.__notes__[0]
+    assert replica.losses == 0
+
+
 def test_what_does_not_pickle(make: Make) -> None:
     """The error says which function, and what to do; nothing is sent, and the next call runs."""
     replica = make(echo)
