@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import asgi_infer
+import asgi_infer.workers
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -84,7 +85,10 @@ def test_every_link_inside_the_project_leads_to_a_file(page: Path) -> None:
 
 
 def test_the_reference_names_everything_that_is_public() -> None:
-    """The reference page has a heading or a table row for each public name."""
+    """The reference page has a heading or a table row for each public name, for the figures of
+    the statistics, and for the states of a runner."""
     text = (ROOT / "docs" / "reference.md").read_text()
-    for name in asgi_infer.__all__:
+    figures = [field.name for field in fields(asgi_infer.RunnerStatistics)]
+    states = ["new", "loading", "ready", "broken", "draining", "closed", "failed"]
+    for name in [*asgi_infer.__all__, *asgi_infer.workers.__all__, *figures, *states]:
         assert f"`{name}" in text, name
