@@ -267,8 +267,8 @@ async def test_closed_stream(runner: InferenceRunner[Model], make: Makers) -> No
 async def test_batches(runner: InferenceRunner[Model]) -> None:
     """Calls that wait run together, in one actor."""
     double = Batcher(runner, runner.model.double, max_size=8)
-    assert await asyncio.gather(*map(double, range(10))) == [2 * n for n in range(10)]
-    results = await asyncio.gather(*map(double, [1, -1, 2]), return_exceptions=True)
+    assert await asyncio.gather(*map(double.run, range(10))) == [2 * n for n in range(10)]
+    results = await asyncio.gather(*map(double.run, [1, -1, 2]), return_exceptions=True)
     assert (results[0], results[2]) == (2, 4)
     assert isinstance(results[1], ValueError)
 
