@@ -367,8 +367,7 @@ class RemoteReplica:
 
     def _crashed(self, link: Link, when: str, work: Work | None) -> WorkerCrashed:
         if work is not None:
-            # Not what was sent: the function may have changed that in place.
-            self._poison.add(link.channel.encode(work).digest())
+            self._remember(link, work)
         error = self._death(link, when)
         logger.error("%s", error)
         self._lose()
@@ -385,6 +384,14 @@ class RemoteReplica:
         self._kill(link)
         self._lose()
         return error
+
+    def _remember(self, link: Link, work: Work) -> None:
+        """``work`` has crashed its process: it is not to do so again and again."""
+        try:
+            # Not what was sent: the function may have changed that in place.
+            self._poison.add(link.channel.encode(work).digest())
+        except Exception:  # it pickles only once, or there is no memory left
+            logger.debug("a call that has crashed can't be remembered", exc_info=True)
 
     def _death(self, link: Link, when: str) -> WorkerCrashed:
         error = WorkerCrashed(f"the process of the model {self._spec.name!r} {link.died()} {when}")
@@ -610,3 +617,20 @@ def reduce_reference(spec: ModelSpec) -> Callable[[ModelReference], Any]:
         return refer, (path,)
 
     return reduce
+
+
+def encode_spec(channel: Channel, spec: ModelSpec) -> Encoded:
+    """What tells a process which model to load.
+
+    :raises TypeError: what makes the model does not pickle
+    """
+    try:
+        return channel.encode(spec)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise TypeError(
+            f"load, warmup or NativePolicy.contexts of {spec.name!r} can't be sent to the process "
+            f"of the model: {describe(error)}. They are to be importable (a class, a method or a "
+            f"function of a module, no lambda); functools.partial adds arguments"
+        ) from error

@@ -146,6 +146,26 @@ def test_what_does_not_pickle(make: Make) -> None:
     assert replica.losses == 0
 
 
+def test_a_load_that_does_not_pickle(make: Make) -> None:
+    """The error names what is to be importable: it is the first that who changes workers sees."""
+    channel = make(echo).links[0].channel
+    spec = ModelSpec(name="digits", load=lambda: 1, warmup=None, native=NativePolicy())
+    with pytest.raises(TypeError, match=r"^load, warmup .* of 'digits' .*lambda.* importable"):
+        remote.send_spec(channel, spec)
+
+
+def test_no_memory_for_the_load(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system refuses is said as it is."""
+    channel = make(echo).links[0].channel
+
+    def fail(_: object) -> None:
+        raise MemoryError("not so much")
+
+    monkeypatch.setattr(channel, "encode", fail)
+    with pytest.raises(MemoryError, match="not so much"):
+        remote.send_spec(channel, SPEC)
+
+
 def test_no_memory_to_send_with(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the system refuses is said as it is."""
     replica = make(echo)
