@@ -305,15 +305,15 @@ async def test_killed_while_it_ran(make: Makers, caplog: pytest.LogCaptureFixtur
     """The call in flight fails, what waits runs in a new actor, and the other replica goes on."""
     worker = RayWorker(2, options=SMALL, restart=RestartPolicy(backoff=0.0))
     gates = [make.gate(), make.gate()]
+    others = hosts()
     async with InferenceRunner(Model, worker=worker) as runner:
         held = [runner.submit(partial(functions.apply, gate), None) for gate in gates]
         for gate in gates:
             await gate.entered.set_async()
         waiting = runner.submit(functions.where)
-        victim = sorted(hosts(), key=lambda process: process.pid)[-1]
+        victim = (hosts() - others).pop()
         victim.kill()
         with anyio.fail_after(20):
-            outcomes: list[Any] = [None, None]
             pid, _ = await asyncio.wrap_future(waiting)
             for gate in gates:
                 gate.release.set()
@@ -325,7 +325,6 @@ async def test_killed_while_it_ran(make: Makers, caplog: pytest.LogCaptureFixtur
     assert sum(isinstance(outcome, WorkerCrashed) for outcome in outcomes) == 1
     (crash,) = [outcome for outcome in outcomes if isinstance(outcome, WorkerCrashed)]
     assert "has died (its worker process has died" in str(crash)
-    assert "while functools" not in str(crash)
     assert "was lost, and has been loaded again" in caplog.text
 
 
