@@ -17,7 +17,7 @@ from .._buffer import StreamCall
 from .._call import here
 from .._errors import WorkerCrashed
 from .._model import ModelReference
-from ._channel import Channel, Message
+from ._channel import Channel, Kind, Message
 from ._child import DUMP_SIGNAL, Child, bury_detached, has_pidfd
 from ._page import ControlPage, make_page_file
 from ._protocol import ModelSpec

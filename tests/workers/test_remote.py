@@ -151,7 +151,7 @@ def test_a_load_that_does_not_pickle(make: Make) -> None:
     channel = make(echo).links[0].channel
     spec = ModelSpec(name="digits", load=lambda: 1, warmup=None, native=NativePolicy())
     with pytest.raises(TypeError, match=r"^load, warmup .* of 'digits' .*lambda.* importable"):
-        remote.send_spec(channel, spec)
+        remote.encode_spec(channel, spec)
 
 
 def test_no_memory_for_the_load(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_no_memory_for_the_load(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(channel, "encode", fail)
     with pytest.raises(MemoryError, match="not so much"):
-        remote.send_spec(channel, SPEC)
+        remote.encode_spec(channel, SPEC)
 
 
 def test_no_memory_to_send_with(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
