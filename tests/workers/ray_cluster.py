@@ -16,15 +16,15 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 
-ENVIRONMENT = {
+# Ray reads most of these once, when it is imported; and that is nobody else's doing in the tests.
+os.environ |= {
     # Ray puts the machine's address in the place of the loopback's, unless it takes this for a
-    # system on which it knows no clusters. Read when Ray is imported.
+    # system on which it knows no clusters.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else one is made in the home directory
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default to be, of which it warns
-    "PYTHONPATH": str(ROOT),  # where actors find the package, and what the tests run in them
 }
 
 
@@ -32,7 +32,8 @@ ENVIRONMENT = {
 def cluster() -> Iterator[None]:
     """Two CPUs, no dashboard, and nothing that listens on another address than the loopback's."""
     at_sigterm = signal.getsignal(signal.SIGTERM)
-    with mock.patch.dict(os.environ, ENVIRONMENT):
+    # Where actors find the package, and what the tests run in them.
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):
         ray: Any = import_module("ray")
         ray.init(
             num_cpus=2,

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,9 +45,11 @@ from .functions import Model, PlainError
 from .ray_cluster import cluster
 from .remote_gates import Makers
 
-pytest.importorskip("ray", reason="Ray is not installed", exc_type=ModuleNotFoundError)
-
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
+]
 
 SMALL = {"num_cpus": 0.1}
 """Several actors at once fit on two CPUs."""
@@ -264,8 +267,8 @@ async def test_closed_stream(runner: InferenceRunner[Model], make: Makers) -> No
 async def test_batches(runner: InferenceRunner[Model]) -> None:
     """Calls that wait run together, in one actor."""
     double = Batcher(runner, runner.model.double, max_size=8)
-    assert await asyncio.gather(*map(double, range(10))) == [2 * n for n in range(10)]
-    results = await asyncio.gather(*map(double, [1, -1, 2]), return_exceptions=True)
+    assert await asyncio.gather(*map(double.run, range(10))) == [2 * n for n in range(10)]
+    results = await asyncio.gather(*map(double.run, [1, -1, 2]), return_exceptions=True)
     assert (results[0], results[2]) == (2, 4)
     assert isinstance(results[1], ValueError)
 
@@ -302,15 +305,15 @@ async def test_killed_while_it_ran(make: Makers, caplog: pytest.LogCaptureFixtur
     """The call in flight fails, what waits runs in a new actor, and the other replica goes on."""
     worker = RayWorker(2, options=SMALL, restart=RestartPolicy(backoff=0.0))
     gates = [make.gate(), make.gate()]
+    others = hosts()
     async with InferenceRunner(Model, worker=worker) as runner:
         held = [runner.submit(partial(functions.apply, gate), None) for gate in gates]
         for gate in gates:
             await gate.entered.set_async()
         waiting = runner.submit(functions.where)
-        victim = sorted(hosts(), key=lambda process: process.pid)[-1]
+        victim = (hosts() - others).pop()
         victim.kill()
         with anyio.fail_after(20):
-            outcomes: list[Any] = [None, None]
             pid, _ = await asyncio.wrap_future(waiting)
             for gate in gates:
                 gate.release.set()
@@ -322,7 +325,6 @@ async def test_killed_while_it_ran(make: Makers, caplog: pytest.LogCaptureFixtur
     assert sum(isinstance(outcome, WorkerCrashed) for outcome in outcomes) == 1
     (crash,) = [outcome for outcome in outcomes if isinstance(outcome, WorkerCrashed)]
     assert "has died (its worker process has died" in str(crash)
-    assert "while functools" not in str(crash)
     assert "was lost, and has been loaded again" in caplog.text
 
 
