@@ -246,17 +246,17 @@ def default_base() -> Path:
     return Path(tempfile.gettempdir(), f"asgi_infer-{os.geteuid()}")
 
 
-def deployment(name: str, load: object, *, server: bool) -> str:
+def deployment(name: str, *functions: object, server: bool) -> str:
     """A name that all processes of a deployment arrive at, and others don't.
 
     :param name: of the runner
-    :param load: the function that loads the model
+    :param functions: those that load the model and warm it up
     :param server: whether only the processes of one server belong together, or all that run the
         same code in the same place
     """
     with suppress(OSError):  # the current directory is gone
         name = f"{name}\0{Path.cwd()}"
-    what = [name, sys.executable, _full_name(load)]
+    what = [name, sys.executable, *map(_full_name, functions)]
     if server:
         pid = processes.server()
         what += [str(pid), str(processes.start_time(pid))]
@@ -406,8 +406,8 @@ def _close_claims() -> None:
         claim.close()
 
 
-def _full_name(load: object) -> str:
-    while isinstance(load, functools.partial):
-        load = load.func
-    kind = load if hasattr(load, "__qualname__") else type(load)
+def _full_name(function: object) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    kind = function if hasattr(function, "__qualname__") else type(function)
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"

@@ -166,9 +166,10 @@ class SharedHost:
             self._end(stream)
 
     def _end(self, stream: int) -> None:
+        host = self._host
+        assert host is not None  # noqa: S101  # the stream has begun there
         try:
-            if self._host is not None:
-                self._host.end(stream)
+            host.end(stream)
         except BaseException:
             traceback.print_exc()  # to the log of the worker: there is nobody else to tell
 

@@ -17,11 +17,11 @@ from .._buffer import StreamCall
 from .._call import here
 from .._errors import WorkerCrashed
 from .._model import ModelReference
-from ._channel import Channel, Message
+from ._channel import Channel, Kind, Message
 from ._child import DUMP_SIGNAL, Child, bury_detached, has_pidfd
 from ._page import ControlPage, make_page_file
 from ._protocol import ModelSpec
-from ._remote import Link, Overran, RemoteReplica, RemoteWorker, reduce_reference, send_spec
+from ._remote import Link, Overran, RemoteReplica, RemoteWorker, encode_spec, reduce_reference
 from ._rendezvous import Claim, Presence, Rendezvous, default_base, deployment
 from ._shared_host import EXCLUSIVE, HELLO
 
@@ -44,7 +44,7 @@ class SharedWorker(RemoteWorker):
     when the last server process has gone.
 
     Server processes belong together if they have the same parent, working directory and Python,
-    and their runners the same name and ``load``.
+    and their runners the same name, ``load`` and ``warmup``.
 
     Linux and macOS only.
 
@@ -74,7 +74,8 @@ class SharedWorker(RemoteWorker):
     def replica(self, spec: ModelSpec, number: int, /) -> SharedReplica:
         """The model, which this process starts, or finds, when it is opened."""
         del number
-        name = deployment(spec.name, spec.load, server=self.directory is None)
+        mine = self.directory is None
+        name = deployment(spec.name, spec.load, spec.warmup, server=mine)
         return SharedReplica(spec, self, rendezvous=self._rendezvous(name))
 
     def _rendezvous(self, name: str) -> Rendezvous:
@@ -88,17 +89,17 @@ class SharedReplica(RemoteReplica):
     def __init__(self, spec: ModelSpec, worker: SharedWorker, *, rendezvous: Rendezvous) -> None:
         super().__init__(spec, worker)
         self._rendezvous = rendezvous
-        self._shared: SharedLink | None = None  # the latest one
+        self._shared: SharedLink  # the latest one, from the first connection on
 
     def _connect(self) -> Link:
         link = SharedLink(self._spec, self._rendezvous)
         try:
-            send_spec(link.channel, self._spec)
-        except OSError:  # it is ending; whoever waits for its answer is told
-            pass
+            opening = encode_spec(link.channel, self._spec)
         except BaseException:
             link.close()
             raise
+        with suppress(OSError):  # it is just ending, as whoever waits for its answer is told
+            link.channel.send(Kind.OPEN, opening)
         self._shared = link
         return link
 
@@ -112,19 +113,17 @@ class SharedReplica(RemoteReplica):
             try:
                 super().open(lost)
             except WorkerCrashed:
-                if self._shared is None or self._shared.starter:
+                if self._shared.starter:
                     raise
             else:
                 break  # and not again: it was just ending, or its starter has been told why
-        if self._shared is not None:
-            self._shared.loaded()
+        self._shared.loaded()
 
     def _stop(self, link: Link) -> None:
         """Others may use it: it ends by itself when nobody does."""
 
     def _kill(self, link: Link) -> None:
-        if self._shared is not None:
-            self._shared.condemned = True
+        self._shared.condemned = True
         super()._kill(link)
 
     def _next_stream(self) -> int:
@@ -144,7 +143,7 @@ class SharedReplica(RemoteReplica):
                     raise
 
     def _left(self, link: Link, limit: float) -> float:
-        if self._shared is None or not self._shared.ready:
+        if not self._shared.ready:
             return 0.0  # it loads
         if link.page.started != self._number:
             return limit  # others have their turn

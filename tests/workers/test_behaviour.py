@@ -37,7 +37,7 @@ from asgi_infer import (
     ReentrantCall,
     Stream,
 )
-from asgi_infer.workers import ProcessWorker, ThreadWorker
+from asgi_infer.workers import ProcessWorker, SharedWorker, ThreadWorker
 from asgi_infer.workers._protocol import Worker
 
 from ..conftest import BACKENDS
@@ -48,7 +48,11 @@ from . import functions
 from .functions import Model, Pair, PlainError
 from .remote_gates import Makers, RemoteGate
 
-WORKERS: dict[str, Callable[[], Worker]] = {"thread": ThreadWorker, "process": ProcessWorker}
+WORKERS: dict[str, Callable[[], Worker]] = {
+    "thread": ThreadWorker,
+    "process": ProcessWorker,
+    "shared": SharedWorker,
+}
 """What is tested, by name."""
 
 SOON = 0.15
@@ -93,7 +97,7 @@ def apart(worker_name: str) -> bool:
 @pytest.fixture(scope="module")
 def started(worker: Worker) -> Iterator[InferenceRunner[Model]]:
     """One for all tests that leave it as they found it."""
-    with InferenceRunner(Model, max_queue=4, worker=worker) as runner:
+    with InferenceRunner(Model, name="started", max_queue=4, worker=worker) as runner:
         anyio.run(runner.start)
         yield runner
 

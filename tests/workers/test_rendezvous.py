@@ -393,6 +393,7 @@ def test_name_of_a_deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         deployment("b", load, server=True),
         deployment("a", load, server=False),
         deployment("a", Loader(), server=False),
+        deployment("a", load, Loader(), server=True),
     ]
     assert deployment("a", load, server=True) == names[0]
     assert deployment("a", functools.partial(load), server=True) == names[0]
@@ -400,7 +401,7 @@ def test_name_of_a_deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     names.append(deployment("a", load, server=False))
     monkeypatch.setattr(processes, "server", lambda: os.getppid() + 1)
     names.append(deployment("a", load, server=True))
-    assert len(set(names)) == 6
+    assert len(set(names)) == 7
     assert all(_rendezvous._NAME.fullmatch(name) for name in names)
 
 
