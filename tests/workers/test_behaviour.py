@@ -48,7 +48,11 @@ from . import functions
 from .functions import Model, Pair, PlainError
 from .remote_gates import Makers, RemoteGate
 
-WORKERS: dict[str, Callable[[], Worker]] = {"thread": ThreadWorker, "process": ProcessWorker, "shared": SharedWorker}
+WORKERS: dict[str, Callable[[], Worker]] = {
+    "thread": ThreadWorker,
+    "process": ProcessWorker,
+    "shared": SharedWorker,
+}
 """What is tested, by name."""
 
 SOON = 0.15
