@@ -401,6 +401,7 @@ def test_process_is_known_by_its_descriptor(rendezvous: Rendezvous, fake: list[F
         assert other.attend()
         other.condemned = True
         other.kill()
+        process.wait()
         assert not other.attend()
         other.dump()  # too late, which does no harm
     assert other.last_words == ""
