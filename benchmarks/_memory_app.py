@@ -11,7 +11,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from asgi_infer import InferenceRunner
-from asgi_infer.workers import SharedWorker, ThreadWorker
+from asgi_infer.workers import ThreadWorker
 from asgi_infer.workers._protocol import Worker
 
 from ._models import Ballast
@@ -25,14 +25,17 @@ MEBIBYTES = "BENCH_MEBIBYTES"
 WORKER = "BENCH_WORKER"
 
 _folder = Path(os.environ[FOLDER])
-_WORKERS: dict[str, Worker] = {
-    "ThreadWorker": ThreadWorker(),
-    "SharedWorker": SharedWorker(_folder / "model"),
-}
 
-runner = InferenceRunner(
-    partial(Ballast, int(os.environ[MEBIBYTES])), worker=_WORKERS[os.environ[WORKER]]
-)
+
+def _worker() -> Worker:
+    if os.environ[WORKER] == "ThreadWorker":
+        return ThreadWorker()
+    from asgi_infer.workers import SharedWorker  # whose modules the other arm does without
+
+    return SharedWorker(_folder / "model")
+
+
+runner = InferenceRunner(partial(Ballast, int(os.environ[MEBIBYTES])), worker=_worker())
 
 
 @asynccontextmanager

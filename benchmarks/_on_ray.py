@@ -15,6 +15,7 @@ import numpy as np
 import ray
 
 from asgi_infer import InferenceRunner
+from asgi_infer.workers import RayWorker
 
 from ._children import answer
 from ._isolated import Once, passes
@@ -43,8 +44,6 @@ class Model:
 
 async def measure(count: int, calls: int) -> None:
     """Measure in this process and tell the parent."""
-    from asgi_infer.workers import RayWorker
-
     array = np.ones(2**18, dtype=np.float32)
     actor = ray.remote(Model).remote()
     async with InferenceRunner(Model, worker=RayWorker()) as runner:

@@ -79,7 +79,7 @@ def _array(mebibytes: int, *, share: int, at_most: float) -> Figure:
 
 def _ray(scale: Scale) -> Round:
     if not scale.iterations:
-        raise Unavailable("it is not asked for a first look")
+        raise Unavailable("it is not started where every model is a no-op")
     try:
         python = environment("ray") / "bin" / "python"
     except RivalError as error:

@@ -14,10 +14,12 @@ import psutil
 import pytest
 
 from benchmarks import _gil, _isolated, isolation
-from benchmarks._children import once
+from benchmarks._children import ROOT, once
 from benchmarks._figure import QUICK, Unavailable, all_at_once
 from benchmarks._functions import STRIDE, touch
 from benchmarks._isolated import Untouched
+
+RAY = ROOT / ".venv-bench-ray" / "bin" / "python"  # made by `make bench-isolation`
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read /proc")
 
@@ -165,3 +167,13 @@ def test_an_array_reaches_the_process_and_comes_back() -> None:
     sample = once("_isolated", isolation.OURS, "--mebibytes", "0.1", "--calls", "1")
     assert list(sample) == ["call"]
     assert sample["call"] > 0
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not RAY.exists(), reason="`make bench-isolation` installs Ray")
+def test_both_ways_to_an_actor_are_measured_on_one_cluster() -> None:
+    """Each has a figure for each kind of call."""
+    measured = once("_on_ray", "--passes", "1", "--calls", "2", python=RAY)
+    assert {arm: list(sample) for arm, sample in measured.items()} == {
+        arm: ["noop", "array"] for arm in ("actor", "RayWorker")
+    }

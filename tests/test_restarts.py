@@ -151,6 +151,7 @@ def test_unfit_seconds(name: str, value: Any) -> None:
 @pytest.mark.parametrize("value", [0, 0.0, 1, threading.TIMEOUT_MAX])
 def test_fitting_seconds(value: float) -> None:
     """Nothing at all and all that a thread can wait for are times, too."""
-    policy = RestartPolicy(**dict.fromkeys(SECONDS, value))  # type: ignore[arg-type]
+    options: dict[str, Any] = dict.fromkeys(SECONDS, value)
+    policy = RestartPolicy(**options)
     assert [getattr(policy, name) for name in SECONDS] == [value] * 4
     assert Restarts(policy).note() == 0.0

@@ -1,8 +1,9 @@
-"""Admission, the queue, the one slot and the books: on a clock of the tests' own."""
+"""Admission, the queue, the slots and the books: on a clock of the tests' own."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 import threading
@@ -14,9 +15,16 @@ from typing import Any
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from asgi_infer import _scheduler
+from asgi_infer._batch import BatchCall, BatchFunction
 from asgi_infer._call import Call, CallState, Departure
 from asgi_infer._errors import (
     ClientDisconnected,
@@ -29,10 +37,13 @@ from asgi_infer._errors import (
 from asgi_infer._queue_policy import Overload, QueuePolicy
 from asgi_infer._refusals import retry_after, stopped
 from asgi_infer._scheduler import Scheduler
+from asgi_infer._slot import Slot
 from asgi_infer._statistics import Counters
 
-from .calls import RecordingPort, make_call
+from .calls import RecordingPort, batch_function, make_call
 from .gates import LIMIT
+from .polling import until_true
+from .streams import make_stream_call
 
 RETRY_SOON = [{"Retry-After": str(seconds)} for seconds in (1, 2, 3)]
 """With nothing to wait for: as soon as others that were refused allow."""
@@ -73,10 +84,23 @@ class Desk:
         self.scheduler.admit(call)
         return call
 
-    def take(self) -> Call:
-        call = self.scheduler.take()
+    def take(self, slot: int = 0) -> Call:
+        call = self.scheduler.take(self.scheduler.slots[slot])
         assert call is not None
         return call
+
+    def sleep(self, *slots: int) -> None:
+        """There is nothing to do in these: their threads are about to sleep, in this order."""
+        for number in slots:
+            slot = self.scheduler.slots[number]
+            assert self.scheduler.poll(slot, sleep=True) == (None, False)
+            assert slot in self.scheduler._idle
+
+    def woken(self) -> list[int]:
+        """Which of them have been woken; they are awake from now on."""
+        woken = [slot for slot in self.scheduler.slots if slot.wake_up.acquire(timeout=0)]
+        assert not set(woken) & {*self.scheduler._idle, *self.scheduler._resting}
+        return [slot.number for slot in woken]
 
     def run(self, value: object = None, error: Exception | None = None) -> Call:
         call = self.take()
@@ -100,7 +124,8 @@ def check_law(scheduler: Scheduler, c: Counters) -> None:
     """The law of conservation."""
     ended = c.completed + c.failed + c.cancelled + c.expired + c.rejected
     assert c.submitted == ended + scheduler.queued + c.running
-    assert c.running in (0, 1)
+    running = [slot.running for slot in scheduler.slots if slot.running is not None]
+    assert c.running == len(running) == len(set(running))  # neither batches nor streams here
     assert c.late <= c.cancelled + c.expired + c.running
 
 
@@ -755,6 +780,712 @@ def test_idle_when_the_last_call_is_over(desk: Desk, clock: Clock, end: str) -> 
     assert all(future.done() for future in futures)
 
 
+# -- several slots -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(clock: Clock) -> Desk:
+    return Desk(clock=clock, slots=2)
+
+
+@pytest.fixture
+def three(clock: Clock) -> Desk:
+    return Desk(clock=clock, slots=3)
+
+
+def test_as_many_run_as_there_are_slots(two: Desk) -> None:
+    """Each slot has a call of its own, and its end claims the next for the same slot."""
+    calls = [two.admit(number) for number in range(3)]
+    assert [two.take(1), two.take(0)] == calls[:2]
+    two.books(submitted=3, running=2)
+    slots = two.scheduler.slots
+    assert [slot.current() for slot in slots] == [calls[1], calls[0]]
+    assert two.scheduler.finish(calls[0], None, None) is calls[2]
+    assert [slot.current() for slot in slots] == [calls[1], calls[2]]
+    for call in calls[1:]:
+        assert two.scheduler.finish(call, None, None) is None
+    two.books(submitted=3, completed=3)
+
+
+def test_one_call_wakes_one_thread(three: Desk) -> None:
+    """The last one to fall asleep, whose caches are warm; and with every thread awake, none."""
+    three.sleep(2, 0, 1)
+    for expected in ([1], [0], [2], []):
+        three.admit()
+        assert three.woken() == expected
+
+
+def test_nobody_is_woken_in_vain(three: Desk) -> None:
+    """A burst wakes as many threads as it has calls, also if one of them is fast enough to take
+    another's; and that one goes back to sleep."""
+    three.sleep(0, 1, 2)
+    first, second = three.admit(), three.admit()
+    assert three.woken() == [1, 2]
+    assert three.take(2) is first
+    assert three.scheduler.finish(first, None, None) is second
+    three.sleep(1)
+    assert three.woken() == []
+    three.admit()
+    assert three.woken() == [1]
+
+
+def test_woken_while_its_model_goes(three: Desk) -> None:
+    """The thread that a call wakes has lost its model in that moment: another one is woken, and
+    this one comes back from its sleep to load the model again."""
+    three.sleep(0, 2, 1)
+    slot = three.scheduler.slots[1]
+    three.scheduler.set_down(slot, down=True)
+    call = three.admit()
+    assert three.woken() == [1]
+    assert three.scheduler.take(slot) is None
+    assert not slot.over
+    assert three.woken() == [2]
+    assert three.take(2) is call
+    three.admit()
+    assert three.woken() == [0]
+
+
+def test_passed_on_once(three: Desk) -> None:
+    """Where another thread is about to look anyway, nobody else is woken."""
+    three.sleep(0, 1, 2)
+    three.scheduler.set_down(three.scheduler.slots[2], down=True)
+    three.admit()
+    three.admit()
+    assert three.woken() == [1, 2]
+    assert three.scheduler.take(three.scheduler.slots[2]) is None
+    assert three.woken() == []
+    three.take(1)
+    assert three.woken() == [0]  # for the second call
+
+
+def test_nothing_to_pass_on(two: Desk) -> None:
+    """A thread that takes the only call, or drops one that is too late, wakes nobody."""
+    two.sleep(0, 1)
+    late = two.admit("late", deadline=two.scheduler.clock() + 1)
+    assert two.woken() == [1]
+    two.scheduler.leave(late, CANCELLED)
+    two.scheduler.set_down(two.scheduler.slots[1], down=True)
+    assert two.scheduler.take(two.scheduler.slots[1]) is None
+    assert two.woken() == []
+
+
+def test_dropped_call_is_not_passed_on(two: Desk, clock: Clock) -> None:
+    """Who drops what is too late looks again by itself."""
+    two.admit("late", deadline=clock.now + 1)
+    two.scheduler._idle.append(two.scheduler.slots[0])
+    following = two.call("following")
+    two.scheduler._queue.push(following)
+    clock.now += 1
+    dropped, _ = two.scheduler.poll(two.scheduler.slots[1])
+    assert dropped is not None
+    assert dropped.state is CallState.DROPPED
+    assert two.woken() == []
+    assert two.take(1) is following
+
+
+def test_order_with_several_slots(three: Desk, clock: Clock) -> None:
+    """There is one line in front of all slots: by priority, which ages, then first come, first
+    served, whichever slot is free."""
+    first = three.admit(priority=1)
+    clock.now += 0.5
+    second = three.admit(priority=0)
+    urgent = three.admit(priority=-1)
+    clock.now += 0.6
+    overtaken = three.admit(priority=1)
+    late = three.admit(priority=0)
+    taken = [three.take(number) for number in (2, 0, 1)]
+    assert taken == [urgent, second, first]
+    assert three.scheduler.finish(second, None, None) is late
+    assert three.scheduler.finish(urgent, None, None) is overtaken
+
+
+def test_idle_when_every_slot_is(two: Desk) -> None:
+    """Idle is who has nothing to do in any slot."""
+    first, second = two.admit(), two.admit()
+    two.take(0)
+    two.take(1)
+    idle = two.scheduler.when_idle()
+    two.scheduler.finish(first, None, None)
+    two.sleep(0)
+    assert not idle.done()
+    two.scheduler.finish(second, None, None)
+    two.sleep(1)
+    assert idle.done()
+
+
+def test_abandon_all_that_run(two: Desk) -> None:
+    """The callers of every slot are sent away, and one function is named."""
+    two.admit("first", func=sorted)
+    two.admit("second", func=len)
+    two.take(1)
+    two.take(0)
+    assert two.scheduler.abandon_running(stopped) == "len"
+    assert two.port.posted == ["second", "first"]
+    assert two.scheduler.orphans() == [slot.current() for slot in two.scheduler.slots]
+
+
+def test_stop_wakes_every_thread(three: Desk) -> None:
+    """Those that sleep, and those that rest; each then has its end."""
+    three.sleep(0, 2)
+    three.scheduler.stop()
+    assert three.woken() == [0, 2]
+    for slot in three.scheduler.slots:
+        assert three.scheduler.take(slot) is None
+        assert slot.over
+    three.scheduler.stop()
+    assert three.woken() == []
+
+
+def test_notice(two: Desk) -> None:
+    """Whoever runs a call is told that its caller has left: of that slot alone, and once."""
+    told: list[tuple[int, Call]] = []
+    for slot in two.scheduler.slots:
+        slot.notice = lambda call, number=slot.number: told.append((number, call))
+    first, second, third = two.admit(), two.admit(), two.admit()
+    two.take(0)
+    two.take(1)
+    for call in (second, second, third):
+        two.scheduler.leave(call, CANCELLED)
+    assert told == [(1, second)]
+    two.scheduler.expire(first)
+    assert told == [(1, second), (0, first)]
+
+
+# -- several slots: the predicted wait ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("work", "left", "level"),
+    [
+        (0.0, [3.0], 3.0),
+        (4.0, [3.0], 7.0),
+        (0.0, [3.0, 1.0], 1.0),
+        (0.0, [3.0, 0.0], 0.0),
+        (1.0, [3.0, 1.0], 2.0),
+        (4.0, [3.0, 1.0], 4.0),
+        (10.0, [100.0, 0.0], 10.0),
+        (12.0, [1.0, 1.0, 1.0], 5.0),
+    ],
+)
+def test_shared_out(work: float, left: list[float], level: float) -> None:
+    """Who is free first takes what waits, and who is taken for long takes nothing of it."""
+    assert _scheduler._shared_out(work, left) == level
+
+
+@hypothesis.given(
+    st.floats(0, 100), st.lists(st.floats(0, 100), min_size=1, max_size=5), st.integers(0, 20)
+)
+@hypothesis.settings(max_examples=30)
+def test_nobody_is_promised_too_little(service: float, left: list[float], ahead: int) -> None:
+    """A call never has its turn later than predicted, if calls take what they are expected to."""
+    free = sorted(left)
+    for _ in range(ahead):
+        free = sorted([free[0] + service, *free[1:]])
+    predicted = _scheduler._shared_out(ahead * service, left)
+    assert free[0] <= predicted * (1 + 1e-9)
+    assert predicted <= free[0] + service * (1 + 1e-9)
+
+
+def busy(desk: Desk, clock: Clock) -> None:
+    """Calls take ten seconds each, and one runs in every slot: 7, 4 ... are left of them."""
+    desk.admit()
+    call = desk.take()
+    clock.now += 10
+    desk.scheduler.finish(call, None, None)
+    for slot in desk.scheduler.slots:
+        desk.admit()
+        desk.take(slot.number)
+        clock.now += 3
+    desk.port.posted.clear()
+
+
+def test_who_is_free_first_counts(three: Desk, clock: Clock) -> None:
+    """Whoever comes next waits for the slot that is free first: it is let in if it has that time,
+    and its own, and refused if not."""
+    busy(three, clock)  # 1, 4 and 7 seconds are left
+    with pytest.raises(DeadlineExceeded, match="would need about 11 s; it was not queued"):
+        three.admit(deadline=clock.now + 10.9)
+    accepted = three.admit(deadline=clock.now + 11.1)
+    with pytest.raises(DeadlineExceeded) as caught:
+        three.admit(deadline=clock.now + 11.1)
+    wait = 22 / 3 + 10  # what runs and waits, shared out among three, and itself
+    assert wait <= (caught.value.retry_after or 0) <= 1.5 * wait + 3
+    assert three.scheduler.waiting() == [accepted]
+
+
+def test_a_free_slot_takes_any_call(two: Desk, clock: Clock) -> None:
+    """However long the others are busy, and whatever calls took so far."""
+    busy(two, clock)
+    running = two.scheduler.slots[1].current()
+    assert running is not None
+    two.scheduler.finish(running, None, None)
+    assert two.admit(deadline=clock.now + 0.1) is two.take(1)
+
+
+def test_slots_that_are_down_serve_nobody(two: Desk, clock: Clock) -> None:
+    """As long as a model is lost its slot is left out of the prediction; if all are, it is for
+    all of them, since they are loaded again."""
+    busy(two, clock)  # 4 and 7 seconds are left
+    call = two.scheduler.slots[0].current()
+    assert call is not None
+    two.scheduler.set_down(two.scheduler.slots[0], down=True)
+    assert two.scheduler.finish(call, None, None) is None
+    two.scheduler._call_time = 10.0
+    with pytest.raises(DeadlineExceeded, match="about 17 s"):
+        two.admit(deadline=clock.now + 16.9)
+    two.scheduler.set_down(two.scheduler.slots[1], down=True)
+    assert two.admit(deadline=clock.now + 10) in two.scheduler.waiting()
+
+
+def test_retry_after_with_several_slots(clock: Clock) -> None:
+    """Who finds the queue full is told when all of it has been taken, by all slots together."""
+    desk = Desk(max_queue=4, clock=clock, slots=2)
+    busy(desk, clock)  # 4 and 7 seconds are left
+    for _ in range(4):
+        desk.admit()
+    with pytest.raises(QueueFull) as caught:
+        desk.admit()
+    assert 25.5 <= (caught.value.retry_after or 0) <= 1.5 * 25.5 + 3
+
+
+def test_newest_waits_for_the_first_free_slot(clock: Clock) -> None:
+    """Nothing is ahead of the newest but what runs."""
+    desk = Desk(clock=clock, policy=NEWEST, slots=2)
+    busy(desk, clock)  # 4 and 7 seconds are left
+    desk.admit()
+    desk.scheduler._overload.active = True
+    desk.scheduler._overload._long_until = clock.now
+    with pytest.raises(DeadlineExceeded, match="about 14 s"):
+        desk.admit(deadline=clock.now + 13.9)
+    desk.admit(deadline=clock.now + 14.1)
+
+
+# -- several slots: streams and batches --------------------------------------------------------
+
+
+def test_streams_stay_in_their_slots(two: Desk) -> None:
+    """A stream that lets others run goes on where it has begun, and nowhere else; what waits runs
+    there in between, or elsewhere."""
+    streams = [make_stream_call() for _ in range(2)]
+    for stream in streams:
+        two.scheduler.admit(stream)
+        assert two.take(stream is streams[1]) is stream
+    call = two.admit()
+    assert two.scheduler.suspend(streams[0]) is call
+    assert two.scheduler.suspend(streams[1]) is streams[1]
+    assert two.scheduler.finish(call, None, None) is streams[0]
+    assert [slot.current() for slot in two.scheduler.slots] == streams
+    assert (two.counters.running, two.counters.completed) == (2, 1)
+
+
+def test_room_in_a_stream_wakes_its_thread(three: Desk) -> None:
+    """No matter who fell asleep last, and only if that one sleeps, and only once."""
+    stream = make_stream_call(buffer=1)
+    three.scheduler.admit(stream)
+    three.take(1)
+    stream.buffer.put("item")
+    assert three.scheduler.suspend(stream) is None
+    three.sleep(1, 0, 2)
+    stream.buffer.take()
+    for expected in ([1], []):
+        three.scheduler.resume(stream)
+        assert three.woken() == expected
+    assert three.take(1) is stream
+    three.scheduler.suspend(stream)
+    three.admit()
+    assert three.woken() == [2]
+
+
+def test_room_while_its_thread_is_busy(two: Desk) -> None:
+    """The stream has its turn when the call that runs there has ended, and nobody is woken."""
+    stream = make_stream_call(buffer=1)
+    two.scheduler.admit(stream)
+    two.take(1)
+    two.sleep(0)
+    stream.buffer.put("item")
+    assert two.scheduler.suspend(stream) is None
+    call = two.admit()
+    assert two.woken() == [0]
+    assert two.take(1) is call
+    two.sleep(0)
+    stream.buffer.take()
+    two.scheduler.resume(stream)
+    assert two.woken() == []
+    assert two.scheduler.finish(call, None, None) is stream
+
+
+def test_stalled_streams_of_each_slot(two: Desk, clock: Clock) -> None:
+    """Each thread wakes up by itself for the streams of its own slot, and ends those."""
+    streams = [make_stream_call(buffer=1, stall_timeout=seconds) for seconds in (5.0, 3.0)]
+    for number, stream in enumerate(streams):
+        two.scheduler.admit(stream)
+        two.take(number)
+        stream.buffer.put("item")
+        two.scheduler.suspend(stream)
+    two.sleep(0, 1)
+    assert [slot.look_again - clock.now for slot in two.scheduler.slots] == [5.0, 3.0]
+    clock.now += 3.0
+    assert two.take(1) is streams[1]
+    assert [stream.departure for stream in streams] == [None, EXPIRED]
+
+
+def test_open_streams_of_all_slots_are_bounded(clock: Clock) -> None:
+    """``max_queue`` is for the runner, and not for each of its slots."""
+    desk = Desk(max_queue=2, clock=clock, slots=2)
+    for number in range(2):
+        stream = make_stream_call(buffer=1)
+        desk.scheduler.admit(stream)
+        desk.take(number)
+        stream.buffer.put("item")
+        desk.scheduler.suspend(stream)
+    with pytest.raises(QueueFull, match="2 streams have begun"):
+        desk.scheduler.admit(make_stream_call())
+
+
+def growing(clock: Clock, **options: Any) -> BatchFunction:
+    """Calls come every millisecond, and a batch takes a second: it pays to wait for the next."""
+    function = batch_function(**({"max_delay": 0.5} | options))
+    function.cost.fixed, function._gap, function._last = 1.0, 0.001, clock.now
+    function._gaps = 1e9  # so many that a few more make no difference
+    return function
+
+
+def test_nobody_waits_for_company_beside_a_free_slot(two: Desk, clock: Clock) -> None:
+    """The next call will not have to wait for the end of this batch. Where no other slot is free
+    it will, and then the batch is held back."""
+    function = growing(clock)
+    two.sleep(0, 1)
+    first = two.admit(func=function, args=("a",))
+    assert two.woken() == [1]
+    assert two.take(1) is first
+    two.admit(func=function, args=("b",))
+    assert two.woken() == [0]
+    two.sleep(0)
+    assert two.scheduler.slots[0].look_again < math.inf
+
+
+def test_batch_is_held_back_in_the_last_free_slot(two: Desk, clock: Clock) -> None:
+    """Its thread wakes up by itself; should another slot get free meanwhile, that takes it."""
+    function = growing(clock)
+    running = two.admit()
+    two.take(1)
+    first = two.admit(func=function, args=("a",))
+    two.sleep(0)
+    assert two.scheduler.slots[0].look_again < math.inf
+    assert two.scheduler.finish(running, None, None) is first
+    assert two.woken() == []
+
+
+def test_what_a_batch_leaves_is_passed_on(two: Desk, clock: Clock) -> None:
+    """A slot that comes up takes a batch that another one holds back, and has no room for the
+    rest of it: the other's thread is woken for that."""
+    function = growing(clock, max_size=3)
+    two.scheduler.set_down(two.scheduler.slots[1], down=True)
+    calls = [two.admit(func=function, args=(letter,)) for letter in "ab"]
+    two.sleep(0)
+    two.scheduler.set_down(two.scheduler.slots[1], down=False)
+    function.max_size = 1
+    assert two.take(1) is calls[0]
+    assert two.woken() == [0]
+    assert two.take(0) is calls[1]
+
+
+def test_one_batch_for_several_that_were_woken(three: Desk, clock: Clock) -> None:
+    """The first thread to come takes all that may run together, and the others sleep on."""
+    function = batch_function()
+    three.sleep(0, 1, 2)
+    calls = [three.admit(func=function, args=(letter,)) for letter in "abc"]
+    assert three.woken() == [0, 1, 2]
+    leader = three.take(1)
+    assert type(leader) is BatchCall
+    assert (leader, list(leader.members)) == (calls[0], calls)
+    three.sleep(0, 2)
+    assert three.counters.running == 3
+
+
+# -- a slot without its model ------------------------------------------------------------------
+
+
+def test_down(two: Desk) -> None:
+    """Nothing is claimed in a slot whose model has gone: not at the end of a call, nor by its
+    thread. What waits is for the others. When it is up again that counts as a restart."""
+    first, second = two.admit(), two.admit()
+    slot, other = two.scheduler.slots
+    two.take(0)
+    two.scheduler.set_down(slot, down=True)
+    assert two.scheduler.finish(first, None, None) is None
+    assert two.scheduler.take(slot) is None
+    assert not slot.over
+    assert two.scheduler.take(other) is second
+    assert two.counters.restarts == 0
+    two.scheduler.set_down(slot, down=False)
+    assert two.counters.restarts == 1
+    assert two.admit() is two.take(0)
+
+
+def test_streams_of_a_slot_that_is_down(two: Desk) -> None:
+    """They are handed out one by one, to be ended, also those that wait for room; not those of
+    another slot."""
+    streams = [make_stream_call(buffer=1) for _ in range(3)]
+    for number, stream in zip((0, 0, 1), streams, strict=True):
+        two.scheduler.admit(stream)
+        two.take(number)
+        stream.buffer.put("item")
+        assert two.scheduler.suspend(stream) is None
+    streams[1].buffer.take()
+    two.scheduler.resume(streams[1])
+    slot = two.scheduler.slots[0]
+    two.scheduler.set_down(slot, down=True)
+    ended = []
+    while (each := two.scheduler.take_suspended(slot)) is not None:
+        ended.append(each)
+        assert slot.current() is each
+        assert two.scheduler.finish(each, None, LookupError()) is None
+    assert ended == [streams[1], streams[0]]
+    assert slot.current() is None
+
+
+def no_model(_: object) -> NotReady:
+    return NotReady("crashed too often")
+
+
+def test_one_of_two_is_broken(two: Desk) -> None:
+    """As long as another slot is not broken calls are accepted, and wait for it."""
+    waiting = two.admit()
+    for slot in two.scheduler.slots:
+        two.scheduler.set_down(slot, down=True)
+    two.scheduler.set_broken(two.scheduler.slots[0], no_model)
+    assert not two.scheduler.broken
+    two.admit()
+    assert two.scheduler.waiting()[0] is waiting
+
+
+def test_all_are_broken(two: Desk) -> None:
+    """Nobody waits for what is not going to come soon, and new calls are refused until one slot,
+    whichever, is up again."""
+    two.admit("waiting")
+    idle = two.scheduler.when_idle()
+    for slot in two.scheduler.slots:
+        two.scheduler.set_down(slot, down=True)
+        two.scheduler.set_broken(slot, no_model)
+    seen = [two.scheduler.broken]
+    assert two.port.posted == ["waiting"]
+    assert idle.done()
+    two.scheduler.set_broken(two.scheduler.slots[0], lambda _: NotReady("still so"))
+    with pytest.raises(NotReady, match="still so"):
+        two.admit()
+    two.scheduler.set_down(two.scheduler.slots[1], down=False)
+    seen.append(two.scheduler.broken)
+    assert seen == [True, False]
+    assert two.admit() is two.take(1)
+    two.books(submitted=3, cancelled=1, rejected=1, running=1)
+
+
+@pytest.mark.parametrize("stopped_first", [True, False])
+def test_refused_for_good(two: Desk, stopped_first: bool) -> None:
+    """A slot that breaks or comes back changes nothing for who has been stopped."""
+
+    def stop() -> None:
+        two.scheduler.refuse(lambda again: Draining("stopped", retry_after=again))
+
+    if stopped_first:
+        stop()
+    for slot in two.scheduler.slots:
+        two.scheduler.set_down(slot, down=True)
+        two.scheduler.set_broken(slot, no_model)
+    if not stopped_first:
+        stop()
+    for down in (True, False):
+        with pytest.raises(Draining):
+            two.admit()
+        two.scheduler.set_down(two.scheduler.slots[0], down=down)
+    with pytest.raises(Draining):
+        two.admit()
+
+
+# -- rest --------------------------------------------------------------------------------------
+
+
+class Resting:
+    """A thread that rests in a slot that is down, until it is woken; not before.
+
+    :ivar result: what ``rest`` returned
+    """
+
+    def __init__(self, desk: Desk, slot: int, seconds: float = 4 * LIMIT) -> None:
+        self._scheduler = desk.scheduler
+        self._slot = desk.scheduler.slots[slot]
+        self._seconds = seconds
+        self._scheduler.set_down(self._slot, down=True)
+        self.result: bool | None = None
+        self._thread = threading.Thread(target=self._rest)
+        self._thread.start()
+        until_true(lambda: self.asleep)
+
+    def _rest(self) -> None:
+        self.result = self._scheduler.rest(self._slot, self._seconds)
+
+    @property
+    def asleep(self) -> bool:
+        return self._slot in self._scheduler._resting
+
+    def end(self) -> bool | None:
+        self._thread.join(LIMIT)
+        assert not self._thread.is_alive()
+        return self.result
+
+
+@pytest.mark.parametrize("end", ["expired", "cancelled", "dropped"])
+def test_rest_ends_when_nothing_waits(desk: Desk, end: str) -> None:
+    """A stopped runner loads a lost model again for those that wait, and for nobody else: its
+    thread ends as soon as these have gone, however long it was to rest."""
+    call = desk.admit(deadline=desk.scheduler.clock() + 1)
+    resting = Resting(desk, 0)
+    desk.scheduler.stop()
+    until_true(lambda: resting.asleep)
+    assert resting.result is None
+    ends: dict[str, Callable[[], object]] = {
+        "expired": lambda: desk.scheduler.expire(call),
+        "cancelled": lambda: desk.scheduler.withdraw(call),
+        "dropped": lambda: desk.scheduler.drop_queued(stopped),
+    }
+    ends[end]()
+    assert resting.end() is False
+    assert desk.scheduler.slots[0].over
+
+
+def test_rest_ends_when_stopped(desk: Desk) -> None:
+    """With nobody there to wait for it."""
+    resting = Resting(desk, 0)
+    desk.scheduler.stop()
+    assert resting.end() is False
+
+
+def test_rest_ends_when_another_slot_is_there(three: Desk) -> None:
+    """What waits is that one's, from the stop on, or from when it is up itself; and of two that
+    rest, neither keeps the other awake."""
+    three.admit()
+    for slot in three.scheduler.slots:
+        three.scheduler.set_down(slot, down=True)
+    first, second = Resting(three, 0), Resting(three, 1)
+    three.scheduler.stop()
+    until_true(lambda: first.asleep and second.asleep)
+    three.scheduler.set_down(three.scheduler.slots[2], down=False)
+    assert [first.end(), second.end()] == [False, False]
+
+
+def test_last_one_is_not_left_alone_with_the_queue(two: Desk) -> None:
+    """If the other has ended already, or is down itself, a stopped runner's calls are this one's,
+    and it comes back for them."""
+    slot, other = two.scheduler.slots
+    two.admit()
+    two.scheduler.set_down(slot, down=True)
+    two.scheduler.set_down(other, down=True)
+    two.scheduler.stop()
+    assert two.scheduler.rest(slot, 0.0)
+    two.scheduler.set_down(other, down=False)
+    assert not two.scheduler.rest(slot, 0.0)
+    other.over = True
+    assert two.scheduler.rest(slot, 0.0)
+    assert not slot.over
+
+
+def test_rest_tells_who_waits_for_idleness(desk: Desk) -> None:
+    """Nothing waits and nothing runs: that the model is not there does not matter."""
+    call = desk.admit()
+    desk.take()
+    idle = desk.scheduler.when_idle()
+    desk.scheduler.set_down(desk.scheduler.slots[0], down=True)
+    desk.scheduler.finish(call, None, None)
+    assert desk.scheduler.rest(desk.scheduler.slots[0], 0.0)
+    assert idle.done()
+
+
+def test_rest_is_as_long_as_it_says() -> None:
+    """It ends by itself; and a latch that lets go before that changes nothing."""
+    desk = Desk()
+    began = desk.scheduler.clock()
+    slot = desk.scheduler.slots[0]
+    slot.wake_up = Fickle()
+    assert desk.scheduler.rest(slot, 0.02)
+    assert desk.scheduler.clock() >= began + 0.02
+    assert desk.scheduler._resting == []
+
+
+class Fickle:
+    """A latch that lets go by itself, every second time at once.
+
+    :ivar meanwhile: what happens in that moment
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self.meanwhile: Callable[[], object] = lambda: None
+        self.let_go = 0
+
+    def acquire(self, *, timeout: float = -1) -> bool:
+        self.let_go += 1
+        if self.let_go % 2:
+            self.meanwhile()
+            return False
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_latch_that_lets_go_by_itself(desk: Desk) -> None:
+    """The thread is told that there is nothing to do, and is not taken for asleep any more."""
+    slot = desk.scheduler.slots[0]
+    latch = slot.wake_up = Fickle()
+    assert desk.scheduler.take(slot) is None
+    assert not slot.over
+    assert desk.scheduler._idle == []
+    call = desk.admit()
+    assert desk.take() is call
+    assert latch.let_go == 1
+
+
+def test_latch_that_lets_go_as_a_call_comes(desk: Desk) -> None:
+    """The call is taken, and its wake-up does not stay behind for the next sleep."""
+    slot = desk.scheduler.slots[0]
+    latch = slot.wake_up = Fickle()
+    latch.meanwhile = desk.admit
+    assert desk.take(0).state is CallState.RUNNING
+    assert latch.let_go == 2
+    assert not latch._lock.acquire(blocking=False)
+
+
+STEPS = ("stop", "drop", "abandon")
+
+
+@pytest.mark.parametrize("steps", list(itertools.permutations(STEPS)), ids="-".join)
+@pytest.mark.parametrize("broken", [False, True])
+def test_stop_in_any_order(two: Desk, steps: tuple[str, ...], broken: bool) -> None:
+    """With one slot that rests, or is broken, and one that runs a call: in whatever order it is
+    stopped, every caller is sent away, and both threads end."""
+    running = two.admit("running")
+    two.take(1)
+    resting = Resting(two, 0)
+    if broken:
+        two.scheduler.set_broken(two.scheduler.slots[0], no_model)
+    two.admit("waiting")
+    actions: dict[str, Callable[[], object]] = {
+        "stop": two.scheduler.stop,
+        "drop": lambda: two.scheduler.drop_queued(stopped),
+        "abandon": lambda: two.scheduler.abandon_running(stopped),
+    }
+    for step in steps:
+        actions[step]()
+    assert resting.end() is False
+    assert sorted(two.port.posted) == ["running", "waiting"]
+    assert two.scheduler.finish(running, None, None) is None
+    assert two.scheduler.take(two.scheduler.slots[1]) is None
+    assert two.scheduler.slots[1].over
+    two.books(submitted=2, cancelled=2, late=1)
+
+
 # -- service time ------------------------------------------------------------------------------
 
 
@@ -863,6 +1594,102 @@ def test_cancel_in_the_tick_of_completion(served: Desk) -> None:
     check_law(served.scheduler, served.counters)
 
 
+class Crew:
+    """Threads that take calls, each in a slot of its own, and see to it that they are alone there.
+
+    :ivar most: how many calls ran at once, at most
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.most = 0
+        self._inside = [0] * len(desk.scheduler.slots)
+        self._wrong: list[str] = []
+        self._threads = [
+            threading.Thread(target=self._serve, args=(slot,)) for slot in desk.scheduler.slots
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _serve(self, slot: Slot) -> None:
+        while not slot.over:
+            call = self.desk.scheduler.take(slot)
+            while call is not None:
+                following = self._run(slot, call)
+                call = following
+
+    def _run(self, slot: Slot, call: Call) -> Call | None:
+        self._inside[slot.number] += 1
+        self.most = max(self.most, sum(self._inside))
+        if self._inside[slot.number] != 1 or slot.current() is not call or call.slot is not slot:
+            self._wrong.append(f"{self._inside}, slot {slot.number}")
+        sum(range(call.waiter % 50))
+        self._inside[slot.number] -= 1
+        return self.desk.scheduler.finish(call, call.waiter, None)
+
+    def end(self) -> None:
+        self.desk.scheduler.stop()
+        for thread in self._threads:
+            thread.join(LIMIT)
+        assert not any(thread.is_alive() for thread in self._threads)
+        assert self._wrong == []
+
+
+@pytest.mark.usefixtures("restless")
+def test_thousands_of_calls_in_three_slots() -> None:
+    """From two callers' threads at once, some of whom leave: each call runs once, in one slot, and
+    its caller is woken once, or has left. No call is forgotten while a thread sleeps."""
+    desk = Desk(max_queue=10**6, slots=3)
+    crew = Crew(desk)
+    left: list[int] = []
+
+    def admit(first: int) -> None:
+        for number in range(first, 3000, 2):
+            call = desk.admit(number)
+            if number % 7 == 0 and desk.scheduler.leave(call, CANCELLED):
+                left.append(number)
+            if number % 100 < 2:
+                desk.scheduler.when_idle().result(LIMIT)
+
+    callers = [threading.Thread(target=admit, args=(first,)) for first in (0, 1)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join(2 * LIMIT)
+    desk.scheduler.when_idle().result(LIMIT)
+    crew.end()
+    assert sorted([*desk.port.posted, *left]) == list(range(3000))
+    assert desk.counters.completed == 3000 - len(left)
+    assert crew.most <= 3
+    check_law(desk.scheduler, desk.counters)
+
+
+def test_idle_slots_are_enough_for_all_that_waits() -> None:
+    """As many calls as there are slots run at once, each time that all of them have slept."""
+    desk = Desk(slots=3)
+    together = threading.Barrier(3)
+    ended: list[int] = []
+
+    def serve(slot: Slot) -> None:
+        while (call := desk.scheduler.take(slot)) is not None:
+            while call is not None:
+                ended.append(together.wait(LIMIT))  # passed by three or by none
+                call = desk.scheduler.finish(call, None, None)
+
+    threads = [threading.Thread(target=serve, args=(slot,)) for slot in desk.scheduler.slots]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        for number in range(3):
+            desk.admit(number)
+        desk.scheduler.when_idle().result(LIMIT)
+    desk.scheduler.stop()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert len(ended) == 300
+    desk.books(submitted=300, completed=300)
+
+
 # -- every sequence of steps -------------------------------------------------------------------
 
 
@@ -874,11 +1701,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(_scheduler, "time", SimpleNamespace(monotonic=self.clock.monotonic))
-        self.desk = Desk(max_queue=3)
-        self.scheduler = self.desk.scheduler
+        self.open(1)
         self.calls: list[Call] = []
         self.left: set[Call] = set()  # whose callers went by themselves: nobody to be woken
         self.rejected = 0
+
+    @initialize(slots=st.integers(1, 3))
+    def open(self, slots: int) -> None:
+        self.desk = Desk(max_queue=3, slots=slots)
+        self.scheduler = self.desk.scheduler
 
     def teardown(self) -> None:
         self.patch.undo()
@@ -899,18 +1730,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.clock.now += seconds
 
-    @precondition(lambda self: not self.running() and self.takeable())
-    @rule()
-    def take(self) -> None:
+    @precondition(lambda self: self.free() and self.takeable())
+    @rule(number=st.integers(0, 2))
+    def take(self, number: int) -> None:
+        slot = self.free()[number % len(self.free())]
         first = min(self.takeable(), key=lambda call: call.priority)
-        assert self.scheduler.take() is first
+        assert self.scheduler.take(slot) is first
+        assert slot.current() is first
 
     @precondition(lambda self: self.running())
-    @rule(error=st.sampled_from([None, LookupError("gone")]))
-    def finish(self, error: Exception | None) -> None:
-        (call,) = self.running()
+    @rule(number=st.integers(0, 2), error=st.sampled_from([None, LookupError("gone")]))
+    def finish(self, number: int, error: Exception | None) -> None:
+        call = self.running()[number % len(self.running())]
         following = self.scheduler.finish(call, "result", error)
-        assert self.running() == ([] if following is None else [following])
+        assert call.slot.current() is following
+
+    @rule(number=st.integers(0, 2), state=st.sampled_from(["up", "down", "broken"]))
+    def lose_or_restore(self, number: int, state: str) -> None:
+        slot = self.scheduler.slots[number % len(self.scheduler.slots)]
+        self.scheduler.set_down(slot, down=state != "up")
+        if state == "broken":
+            self.scheduler.set_broken(slot, no_model)
 
     @precondition(lambda self: self.calls)
     @rule(data=st.data(), how=st.sampled_from(["leave", "expire", "withdraw", "disconnect"]))
@@ -937,6 +1777,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def abandon_running(self) -> None:
         assert self.scheduler.abandon_running(stopped) == ("len" if self.running() else None)
+
+    def free(self) -> list[Slot]:
+        slots = self.scheduler.slots
+        return [slot for slot in slots if slot.current() is None and not slot.down]
 
     def running(self) -> list[Call]:
         return [call for call in self.calls if call.state is CallState.RUNNING]
@@ -969,4 +1813,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = hypothesis.settings(max_examples=40)
+TestSchedulerMachine.settings = hypothesis.settings(max_examples=30)

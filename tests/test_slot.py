@@ -54,7 +54,7 @@ def test_begun(slot: Slot) -> None:
 
 
 def test_begun_of_a_batch(slot: Slot) -> None:
-    """All calls of a batch have begun; one that is just being made up, or over, is its leader."""
+    """All the calls of a batch have begun; of one that is being made up, its leader."""
     function = batch_function()
     calls = [make_call(function, item) for item in "abc"]
     leader = slot.running = calls[0]

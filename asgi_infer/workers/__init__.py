@@ -11,12 +11,21 @@ from .thread import ThreadWorker
 if TYPE_CHECKING:
     from ._errors_across import RemoteError
     from .process import ProcessWorker
+    from .ray import RayWorker
     from .shared import SharedWorker
 
-__all__ = ["ProcessWorker", "RemoteError", "RestartPolicy", "SharedWorker", "ThreadWorker"]
+__all__ = [
+    "ProcessWorker",
+    "RayWorker",
+    "RemoteError",
+    "RestartPolicy",
+    "SharedWorker",
+    "ThreadWorker",
+]
 
 _LATER = {
     "ProcessWorker": ".process",
+    "RayWorker": ".ray",
     "RemoteError": "._errors_across",
     "SharedWorker": ".shared",
 }

@@ -33,6 +33,7 @@ from ._host import refer
 from ._latch import Latch
 from ._page import ControlPage
 from ._protocol import ModelSpec, Steps, Used
+from .thread import leak
 
 logger = logging.getLogger("asgi_infer")
 
@@ -234,6 +235,7 @@ class RemoteReplica:
 
     def leave_behind(self) -> None:
         """In a forked child: close what would keep the parent's process from noticing its end."""
+        leak(self)  # what it holds is the parent's
         if self._link is not None:
             self._link.leave_behind()
 
@@ -367,8 +369,7 @@ class RemoteReplica:
 
     def _crashed(self, link: Link, when: str, work: Work | None) -> WorkerCrashed:
         if work is not None:
-            # Not what was sent: the function may have changed that in place.
-            self._poison.add(link.channel.encode(work).digest())
+            self._remember(link, work)
         error = self._death(link, when)
         logger.error("%s", error)
         self._lose()
@@ -386,6 +387,14 @@ class RemoteReplica:
         self._lose()
         return error
 
+    def _remember(self, link: Link, work: Work) -> None:
+        """``work`` has crashed its process: it is not to do so again and again."""
+        try:
+            # Not what was sent: the function may have changed that in place.
+            self._poison.add(link.channel.encode(work).digest())
+        except Exception:  # it pickles only once, or there is no memory left
+            logger.debug("a call that has crashed can't be remembered", exc_info=True)
+
     def _death(self, link: Link, when: str) -> WorkerCrashed:
         error = WorkerCrashed(f"the process of the model {self._spec.name!r} {link.died()} {when}")
         if link.last_words:
@@ -396,7 +405,7 @@ class RemoteReplica:
         if reply.kind is Kind.SKIPPED:
             raise CallCancelled("nobody waited for this call any more when its turn came")
         if reply.kind is not Kind.RAISED:
-            return reply.body()
+            return _result(reply)
         error = unpack_error(reply.body())
         try:
             raise error
@@ -596,6 +605,14 @@ class RemoteSteps:
         self._replica.end(self._link, self._stream)
 
 
+def _result(reply: Message) -> Any:
+    try:
+        return reply.body()
+    except Exception as error:
+        error.add_note("(raised where the call's result was unpickled)")
+        raise
+
+
 def _nothing() -> NoReturn:
     raise NotImplementedError
 
@@ -610,3 +627,20 @@ def reduce_reference(spec: ModelSpec) -> Callable[[ModelReference], Any]:
         return refer, (path,)
 
     return reduce
+
+
+def encode_spec(channel: Channel, spec: ModelSpec) -> Encoded:
+    """What tells a process which model to load.
+
+    :raises TypeError: what makes the model does not pickle
+    """
+    try:
+        return channel.encode(spec)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise TypeError(
+            f"load, warmup or NativePolicy.contexts of {spec.name!r} can't be sent to the process "
+            f"of the model: {describe(error)}. They are to be importable (a class, a method or a "
+            f"function of a module, no lambda); functools.partial adds arguments"
+        ) from error

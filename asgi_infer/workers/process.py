@@ -15,7 +15,7 @@ from ._channel import Channel, Kind
 from ._child import Child
 from ._page import ControlPage, make_page_file
 from ._protocol import ModelSpec
-from ._remote import RemoteReplica, RemoteWorker, reduce_reference
+from ._remote import RemoteReplica, RemoteWorker, encode_spec, reduce_reference
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ProcessReplica(RemoteReplica):
     def _connect(self) -> ProcessLink:
         link = ProcessLink(self._spec)
         try:
-            opening = link.channel.encode(replace(self._spec, native=self._native))
+            opening = encode_spec(link.channel, replace(self._spec, native=self._native))
             link.channel.send(Kind.OPEN, opening)
         except BaseException:
             link.close()

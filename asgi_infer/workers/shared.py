@@ -21,7 +21,7 @@ from ._channel import Channel, Kind, Message
 from ._child import DUMP_SIGNAL, Child, bury_detached, has_pidfd
 from ._page import ControlPage, make_page_file
 from ._protocol import ModelSpec
-from ._remote import Link, Overran, RemoteReplica, RemoteWorker, reduce_reference
+from ._remote import Link, Overran, RemoteReplica, RemoteWorker, encode_spec, reduce_reference
 from ._rendezvous import Claim, Presence, Rendezvous, default_base, deployment
 from ._shared_host import EXCLUSIVE, HELLO
 
@@ -94,7 +94,7 @@ class SharedReplica(RemoteReplica):
     def _connect(self) -> Link:
         link = SharedLink(self._spec, self._rendezvous)
         try:
-            opening = link.channel.encode(self._spec)
+            opening = encode_spec(link.channel, self._spec)
         except BaseException:
             link.close()
             raise

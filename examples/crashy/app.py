@@ -22,9 +22,9 @@ runner = InferenceRunner(
     warmup=Elements.warm_up,
     name="crashy",
     native=NativePolicy(threads=1),
-    # The fourth crash in ten seconds is one too many: three seconds of 503, and another try.
+    # The fourth crash in ten seconds is one too many: two seconds of 503, and another try.
     # Made for watching: the defaults bear five a minute, and take half a minute off.
-    worker=ProcessWorker(restart=RestartPolicy(max_restarts=3, within=10.0, recover_after=3.0)),
+    worker=ProcessWorker(restart=RestartPolicy(max_restarts=3, within=10.0, recover_after=2.0)),
 )
 
 app = FastAPI(title="Crashy")

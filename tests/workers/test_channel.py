@@ -275,6 +275,16 @@ def test_unread_message(ends: Ends) -> None:
     assert ends[0]._segments.made == 1
 
 
+def test_read_message(ends: Ends) -> None:
+    """A message that has been read keeps nothing: its arrays do."""
+    messages = []
+    for _ in range(3):
+        ends[0].send(Kind.RESULT, ends[0].encode(np.zeros(LARGE)))
+        messages.append(ends[1].receive())
+        messages[-1].body()
+    assert ends[0]._segments.made == 1
+
+
 def test_failed_send(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """A message that could not be sent frees its segment, which is announced with the next."""
     with monkeypatch.context() as patch:
@@ -341,6 +351,7 @@ def test_no_descriptor_to_receive(ends: Ends) -> None:
     assert len(ends[0]._segments) == 1
     deliver(ends[1], ends[0], "answer")
     assert len(ends[0]._segments) == 0
+    assert ends[1]._mapped.lost == []
     assert deliver(*ends, np.ones(LARGE)).sum() == LARGE
 
 

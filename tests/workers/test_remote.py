@@ -137,6 +137,26 @@ def test_error_that_can_not_be_sent(make: Make) -> None:
         make(fail).call(len)
 
 
+class Unreadable:
+    """Pickles, and does not unpickle."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+def test_result_that_does_not_unpickle(make: Make) -> None:
+    """The error says where it comes from, and the next call runs."""
+
+    def reply(message: Message, peer: Peer) -> None:
+        peer.reply(Unreadable(), message)
+
+    replica = make(reply, echo)
+    with pytest.raises(ValueError, match="no number") as caught:
+        replica.call(len)
+    assert "result was unpickled" in caught.value.__notes__[0]
+    assert replica.losses == 0
+
+
 def test_what_does_not_pickle(make: Make) -> None:
     """The error says which function, and what to do; nothing is sent, and the next call runs."""
     replica = make(echo)
@@ -144,6 +164,26 @@ def test_what_does_not_pickle(make: Make) -> None:
         replica.call(lambda: None)
     assert replica.call(len, 1) == (1,)
     assert replica.losses == 0
+
+
+def test_a_load_that_does_not_pickle(make: Make) -> None:
+    """The error names what is to be importable: it is the first that who changes workers sees."""
+    channel = make(echo).links[0].channel
+    spec = ModelSpec(name="digits", load=lambda: 1, warmup=None, native=NativePolicy())
+    with pytest.raises(TypeError, match=r"^load, warmup .* of 'digits' .*lambda.* importable"):
+        remote.encode_spec(channel, spec)
+
+
+def test_no_memory_for_the_load(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system refuses is said as it is."""
+    channel = make(echo).links[0].channel
+
+    def fail(_: object) -> None:
+        raise MemoryError("not so much")
+
+    monkeypatch.setattr(channel, "encode", fail)
+    with pytest.raises(MemoryError, match="not so much"):
+        remote.encode_spec(channel, SPEC)
 
 
 def test_no_memory_to_send_with(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
