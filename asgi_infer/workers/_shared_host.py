@@ -149,8 +149,6 @@ class SharedHost:
             message = server.receive(wait=server is self._alone)
             if message is not None:
                 self._answer(server, message)
-        except BlockingIOError:
-            pass  # it was no message yet
         except (EOFError, OSError, ValueError):
             self._forget(server)
 

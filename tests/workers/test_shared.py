@@ -5,19 +5,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from asgi_infer import DeadlineExceeded, Draining, InferenceRunner, WorkerCrashed
-from asgi_infer.workers import SharedWorker
+from asgi_infer import (
+    DeadlineExceeded,
+    Draining,
+    InferenceRunner,
+    NativePolicy,
+    NotReady,
+    WorkerCrashed,
+)
+from asgi_infer.workers import SharedWorker, shared
+from asgi_infer.workers._protocol import ModelSpec
+from asgi_infer.workers._rendezvous import Claim, Presence, Rendezvous
+from asgi_infer.workers.shared import SharedLink
 
 from ..gates import LIMIT
 from ..polling import until_true
@@ -52,8 +64,16 @@ def fail() -> Model:
     raise LookupError("no such file")
 
 
+def sleep() -> Model:
+    time.sleep(LIMIT)
+    return Model()
+
+
 def crash() -> Model:
     os._exit(3)
+
+
+SPEC = ModelSpec(name="shared", load=Model, warmup=None, native=NativePolicy(nice=0))
 
 
 @pytest.fixture
@@ -229,3 +249,226 @@ def test_directory_is_too_long(tmp_path: Path) -> None:
     """That is said when the worker is made, and not when the server starts."""
     with pytest.raises(ValueError, match="pass SharedWorker"):
         SharedWorker(tmp_path / ("x" * 100))
+
+
+def test_startup_timeout(make_runner: MakeRunner) -> None:
+    """A model that takes too long to load is given up, and its process ended."""
+    runner = make_runner(sleep, startup_timeout=0.05)
+    with pytest.raises(NotReady, match=r"did not load in 0\.05 s"):
+        asyncio.run(runner.start())
+
+
+def test_what_does_not_pickle(make_runner: MakeRunner, base: Path) -> None:
+    """A ``load`` that can't be sent leaves no process behind."""
+    with pytest.raises(Exception, match="pickle"):
+        asyncio.run(make_runner(lambda: Model()).start())
+    assert list(base.iterdir()) == []
+
+
+# -- one server's side -------------------------------------------------------------------------
+
+
+class FakeChild:
+    """A model process that does nothing, in this process."""
+
+    made: ClassVar[list[FakeChild]] = []
+
+    def __init__(self, *, fds: tuple[int, int], **options: object) -> None:
+        self.claim: Claim | None = Claim.inherited(*map(os.dup, fds))
+        self.calls: list[str] = []
+        self.log_fds = ()
+        self.last_words = ""
+        self.sentinel, self._end = os.pipe()
+        FakeChild.made.append(self)
+
+    @property
+    def ended(self) -> bool:
+        return self.claim is None
+
+    def ends_within(self, seconds: float) -> bool:
+        self.calls.append("waited for")
+        self.coming()
+        return self.claim is None
+
+    def coming(self) -> None:
+        """What happens meanwhile."""
+
+    def interrupt(self) -> None:
+        self.calls.append("killed")
+        if self.claim is not None:
+            self.claim.close()
+        self.claim = None
+
+    def dump(self) -> None:
+        self.calls.append("dumped")
+
+    def pump(self) -> None:
+        self.calls.append("pumped")
+
+    def died(self) -> str:
+        return "died"
+
+    def detach(self) -> None:
+        self.calls.append("detached")
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._end)
+        os.close(self.sentinel)
+        self.sentinel = -1
+
+
+@pytest.fixture
+def rendezvous(base: Path) -> Rendezvous:
+    return Rendezvous(base, "0" * 16)
+
+
+@pytest.fixture
+def fake(rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeChild]]:
+    """The processes that were started."""
+    monkeypatch.setattr(shared, "Child", FakeChild)
+    monkeypatch.setattr(shared, "_STEP", 0.0)
+    monkeypatch.setattr(shared, "_PATIENCE", 0.0)
+    yield FakeChild.made
+    for child in FakeChild.made:
+        child.interrupt()
+    FakeChild.made.clear()
+    rendezvous.tidy()
+
+
+def test_process_that_does_not_end(
+    rendezvous: Rendezvous, fake: list[FakeChild], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last server to leave gives it some time, and then kills it."""
+    SharedLink(SPEC, rendezvous).close()
+    assert "did not end within 0 s of its last server, and is killed" in caplog.text
+    assert "killed" in fake[0].calls
+
+
+def test_somebody_comes_as_the_last_leaves(
+    rendezvous: Rendezvous, fake: list[FakeChild], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then that one has the model, and nothing is ended."""
+    leaving = SharedLink(SPEC, rendezvous)
+    coming: list[SharedLink] = []
+
+    def come() -> None:
+        if not coming:
+            coming.append(SharedLink(SPEC, rendezvous))
+
+    monkeypatch.setattr(fake[0], "coming", come)
+    leaving.close()
+    assert "killed" not in fake[0].calls
+    assert "detached" in fake[0].calls
+    coming[0].close()
+
+
+def test_others_remain(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
+    """A server that gives up leaves the process to others, and lets it know that it has left."""
+    starter = SharedLink(SPEC, rendezvous)
+    other = SharedLink(SPEC, rendezvous)
+    assert (starter.starter, other.starter) == (True, False)
+    starter.page.started = 7
+    starter.kill()
+    assert starter.page.cancelled == 7
+    starter.close()
+    assert fake[0].calls[-1] == "detached"
+    assert other.died().startswith("has died (how, the log")
+    other.kill()  # the last, which does not know the process
+    other.close()
+
+
+def test_what_is_condemned_is_killed(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
+    """Whoever else uses it."""
+    starter, other = SharedLink(SPEC, rendezvous), SharedLink(SPEC, rendezvous)
+    starter.condemned = True
+    starter.dump()
+    starter.kill()
+    assert [each for each in fake[0].calls if "ed for" not in each] == ["dumped", "killed"]
+    starter.close()
+    other.close()
+
+
+def test_process_is_known_by_its_descriptor(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
+    """A server that has not started it watches it as soon as it has loaded."""
+    starter, other = SharedLink(SPEC, rendezvous), SharedLink(SPEC, rendezvous)
+    assert list(other.watched) == []
+    assert other.attend()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        other.page.pid = process.pid
+        other.loaded()
+        assert len(other.watched) == 1
+        assert other.attend()
+        other.condemned = True
+        other.kill()
+        process.wait()
+        assert not other.attend()
+        other.dump()  # too late, which does no harm
+    assert other.last_words == ""
+    other.close()
+    starter.close()
+
+
+def test_process_that_dies_as_it_has_loaded(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
+    """There is nothing to watch then; the connection ends."""
+    starter, other = SharedLink(SPEC, rendezvous), SharedLink(SPEC, rendezvous)
+    other.page.pid = 2**22 + 1
+    other.loaded()
+    assert list(other.watched) == []
+    starter.close()
+    other.close()
+
+
+def test_forked_child_lets_go(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
+    """In a forked child the connection is closed, and the share of the lock is not given up."""
+    link = SharedLink(SPEC, rendezvous)
+    child = os.fork()
+    if child == 0:
+        link.leave_behind()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not Presence(rendezvous.directory).leave()
+    link.close()
+
+
+def test_gate_that_is_held_up(
+    rendezvous: Rendezvous,
+    fake: list[FakeChild],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A server that can't tell whether it is the last leaves the process alone."""
+
+    def leave(presence: Presence) -> bool:
+        presence.close()
+        raise TimeoutError("held")
+
+    link = SharedLink(SPEC, rendezvous)
+    monkeypatch.setattr(Presence, "leave", leave)
+    link.close()
+    assert "could not tell whether others use the model: held" in caplog.text
+    assert "killed" not in fake[0].calls
+
+
+def test_files_that_are_gone(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
+    """Somebody has removed them: no one else can come, and the process is to end."""
+    link = SharedLink(SPEC, rendezvous)
+    shutil.rmtree(rendezvous.directory)
+    assert link._still_last()
+    link.close()
+
+
+def test_start_that_fails(
+    rendezvous: Rendezvous, fake: list[FakeChild], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error comes through, and the next server may try."""
+
+    def no_process(**options: object) -> FakeChild:
+        raise OSError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "Child", no_process)
+        with pytest.raises(OSError, match="no memory"):
+            SharedLink(SPEC, rendezvous)
+    assert list(rendezvous.base.iterdir()) == []
+    SharedLink(SPEC, rendezvous).close()

@@ -6,10 +6,12 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +32,7 @@ COMMANDS = {
         "gunicorn {app} --bind 127.0.0.1:{port} --workers {workers} --worker-class "
         "uvicorn_worker.UvicornWorker --graceful-timeout 2 --no-control-socket"
     ),
-    "granian": "granian {app} --port {port} --workers {workers} --interface asgi",
+    "granian": "granian {app} --port {port} --workers {workers} --interface asgi --respawn-failed-workers",
 }
 
 
@@ -174,3 +176,40 @@ def test_one_model_for_all(deployment: Deployment) -> None:
     assert deployment.model_processes() == 1
     assert deployment.starts == 2
     deployment.stop()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", list(COMMANDS))
+@pytest.mark.parametrize("seed", range(3))
+def test_kills_at_random(kind: str, seed: int, directory: Path) -> None:
+    """Servers and the model process are killed at any time, under load: there is never a second
+    model process, whoever is left serves, and in the end nothing is left."""
+    deployment = Deployment(kind, directory)
+    chance = random.Random(seed)
+    try:
+        _, model = deployment.wait_for(3)
+        with ThreadPoolExecutor(4) as pool:
+            end = time.monotonic() + 20
+            load = [pool.submit(ask_until, deployment, end) for _ in range(4)]
+            while time.monotonic() < end - 5:
+                time.sleep(chance.random())
+                servers, models = deployment.seen()
+                victims = [*models, *(servers if chance.random() < 0.3 else ())]
+                if victims:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(chance.choice(victims), signal.SIGKILL)
+                assert deployment.model_processes() <= 1
+            assert min(each.result() for each in load) > 0
+        assert deployment.wait_for(1)[1] != model
+        deployment.stop()
+    finally:
+        deployment.kill()
+
+
+def ask_until(deployment: Deployment, end: float) -> int:
+    """How many requests were answered."""
+    count = 0
+    while time.monotonic() < end:
+        count += deployment.try_pids() is not None
+    return count
