@@ -170,7 +170,7 @@ def test_one_slow_batch_is_not_expected_again(batches: BatchBench) -> None:
     seconds = 100.0
     batches.run(1)
     assert 1.0 < batches.function.cost(1) < 2.0
-    assert batches.scheduler._call_time == 0.0  # plain calls are expected apart
+    assert batches.scheduler._forecast._call == 0.0  # plain calls are expected apart
 
 
 @pytest.mark.parametrize("size", range(1, 18))

@@ -593,7 +593,7 @@ def test_wait_for_an_interleaved_stream(bench: StreamBench) -> None:
 def test_wait_among_interleaved_streams(bench: StreamBench) -> None:
     """One item of those that have begun comes after each call; of those that stand, none."""
     bench.run(taking(bench, 2, 2), interleave=True)
-    bench.scheduler._call_time = 10.0
+    bench.scheduler._forecast._call = 10.0
     bench.start(taking(bench, 2, 2), interleave=True)
     bench.scheduler.admit(make_call())
     bench.scheduler.admit(make_call())

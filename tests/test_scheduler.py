@@ -498,7 +498,7 @@ def standing(clock: Clock, policy: QueuePolicy = POLICY, **options: Any) -> Desk
     assert second is not None
     desk.scheduler.finish(second, None, None)
     assert desk.scheduler.overloaded
-    desk.scheduler._call_time = 0.0  # nothing is predicted, unless a test says so
+    desk.scheduler._forecast._call = 0.0  # nothing is predicted, unless a test says so
     desk.admit("running")
     desk.take()
     return desk
@@ -541,7 +541,7 @@ def test_who_has_waited_is_shed(clock: Clock) -> None:
 def test_refused_rather_than_shed(clock: Clock) -> None:
     """Who would wait for too much of its time is told so on arrival."""
     desk = standing(clock)
-    desk.scheduler._call_time = 4.0
+    desk.scheduler._forecast._call = 4.0
     for _ in range(2):
         desk.admit(deadline=clock.now + TIME)
     with pytest.raises(QueueFull, match=r"would wait about 12 s of its 40 s; it was not queued"):
@@ -621,7 +621,7 @@ def test_the_only_one_is_not_shed(clock: Clock) -> None:
 def test_one_may_always_wait(clock: Clock) -> None:
     """Nor is a call refused because of the one that runs, if nobody else waits."""
     desk = standing(clock)
-    desk.scheduler._call_time = 15.0
+    desk.scheduler._forecast._call = 15.0
     desk.admit("only", deadline=clock.now + TIME)
     with pytest.raises(QueueFull, match="stood for too long"):
         desk.admit("second", deadline=clock.now + 2 * TIME)
@@ -643,7 +643,7 @@ def test_who_makes_room_makes_enough(clock: Clock) -> None:
 def test_newest_is_not_kept_waiting(clock: Clock) -> None:
     """Nothing is ahead of a call that runs next: it is not refused for the calls that wait."""
     desk = standing(clock, NEWEST)
-    desk.scheduler._call_time = 4.0
+    desk.scheduler._forecast._call = 4.0
     for _ in range(5):
         desk.admit(deadline=clock.now + TIME)
     desk.admit(deadline=clock.now + 8.1)
@@ -682,7 +682,7 @@ def test_an_idle_runner_is_not_overloaded(clock: Clock) -> None:
 def test_nobody_makes_room_for_who_is_refused(clock: Clock) -> None:
     """A call that has too little time anyway pushes nobody out."""
     desk = standing(clock, NEWEST, max_queue=2)
-    desk.scheduler._call_time = 4.0
+    desk.scheduler._forecast._call = 4.0
     old = [desk.admit(deadline=clock.now + TIME) for _ in range(2)]
     clock.now += 1
     with pytest.raises(QueueFull, match="2 calls are waiting"):
@@ -954,38 +954,6 @@ def test_notice(two: Desk) -> None:
 # -- several slots: the predicted wait ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("work", "left", "level"),
-    [
-        (0.0, [3.0], 3.0),
-        (4.0, [3.0], 7.0),
-        (0.0, [3.0, 1.0], 1.0),
-        (0.0, [3.0, 0.0], 0.0),
-        (1.0, [3.0, 1.0], 2.0),
-        (4.0, [3.0, 1.0], 4.0),
-        (10.0, [100.0, 0.0], 10.0),
-        (12.0, [1.0, 1.0, 1.0], 5.0),
-    ],
-)
-def test_shared_out(work: float, left: list[float], level: float) -> None:
-    """Who is free first takes what waits, and who is taken for long takes nothing of it."""
-    assert _scheduler._shared_out(work, left) == level
-
-
-@hypothesis.given(
-    st.floats(0, 100), st.lists(st.floats(0, 100), min_size=1, max_size=5), st.integers(0, 20)
-)
-@hypothesis.settings(max_examples=30)
-def test_nobody_is_promised_too_little(service: float, left: list[float], ahead: int) -> None:
-    """A call never has its turn later than predicted, if calls take what they are expected to."""
-    free = sorted(left)
-    for _ in range(ahead):
-        free = sorted([free[0] + service, *free[1:]])
-    predicted = _scheduler._shared_out(ahead * service, left)
-    assert free[0] <= predicted * (1 + 1e-9)
-    assert predicted <= free[0] + service * (1 + 1e-9)
-
-
 def busy(desk: Desk, clock: Clock) -> None:
     """Calls take ten seconds each, and one runs in every slot: 7, 4 ... are left of them."""
     desk.admit()
@@ -1030,7 +998,7 @@ def test_slots_that_are_down_serve_nobody(two: Desk, clock: Clock) -> None:
     assert call is not None
     two.scheduler.set_down(two.scheduler.slots[0], down=True)
     assert two.scheduler.finish(call, None, None) is None
-    two.scheduler._call_time = 10.0
+    two.scheduler._forecast._call = 10.0
     with pytest.raises(DeadlineExceeded, match="about 17 s"):
         two.admit(deadline=clock.now + 16.9)
     two.scheduler.set_down(two.scheduler.slots[1], down=True)
