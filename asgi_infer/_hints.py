@@ -134,8 +134,8 @@ class Hints:
         return (
             f"{count} processes that were started together run a model named {self._name!r}, with "
             f"{threads} native threads on {room:g} CPUs, which slows all of them down: "
-            f"set NativePolicy(threads={max(1, int(room) // count)}), start fewer server processes, "
-            f"or have one model for all of them: InferenceRunner(..., worker=SharedWorker()) from "
+            f"set NativePolicy(threads={max(1, int(room) // count)}), start fewer workers, or "
+            f"have one model for all of them: InferenceRunner(..., worker=SharedWorker()) from "
             f"asgi_infer.workers"
         )
 

@@ -24,18 +24,19 @@ from asgi_infer import (
     DeadlineExceeded,
     Draining,
     InferenceRunner,
+    NotReady,
     QueueFull,
+    WorkerCrashed,
     _future,
     _handoff,
-    _runner,
-    _scheduler,
 )
 from asgi_infer._call import Call, current_caller
 
 from .gates import LIMIT
 from .polling import until_true
+from .replicas import Replicas, crash
 
-REFUSALS = (QueueFull, Draining, DeadlineExceeded)
+REFUSALS = (QueueFull, Draining, DeadlineExceeded, NotReady)
 
 
 SECONDS = st.none() | st.integers(1, 5)
@@ -93,6 +94,7 @@ class Thread:
 class Use:
     """One call: what was done with it, and what came of it.
 
+    :ivar crashes: it takes its replica with it
     :ivar outcome: None while somebody waits
     :ivar late: whether its caller left while it ran
     """
@@ -100,6 +102,7 @@ class Use:
     def __init__(self, thread: Thread, fails: bool) -> None:
         self.thread = thread
         self.fails = fails
+        self.crashes = False
         self.release = threading.Event()
         self.runs = 0
         self.waiting: Any = None  # a concurrent future or a task
@@ -116,6 +119,8 @@ class Use:
             assert self.release.wait(4 * LIMIT)
         finally:
             self.thread.leave(self)
+        if self.crashes:
+            crash()
         if self.fails:
             raise Failure(self)
         return self
@@ -137,11 +142,16 @@ class Use:
         if error is None:
             assert self.waiting.result() is self
             return "completed"
+        if isinstance(error, WorkerCrashed):
+            assert self.crashes
+            return "failed"
         if isinstance(error, Failure):
             assert error.args == (self,)
             return "failed"
-        expected = {DeadlineExceeded: "expired", Draining: "cancelled"}
-        return {**expected, ClientDisconnected: "cancelled"}[type(error)]
+        if type(error) is DeadlineExceeded:
+            return "expired"
+        assert type(error) in (Draining, ClientDisconnected, NotReady)
+        return "cancelled"
 
 
 class Conservation(stateful.RuleBasedStateMachine):
@@ -151,6 +161,7 @@ class Conservation(stateful.RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.loop.time = CLOCK.monotonic  # type: ignore[method-assign]  # as asyncio's tests do
+        self.slots = 1
         self.runner = InferenceRunner[None](max_queue=3)
         self.thread = Thread()
         self.uses: list[Use] = []
@@ -197,9 +208,9 @@ class Conservation(stateful.RuleBasedStateMachine):
         data.draw(st.sampled_from(self.awaited)).client.hang_up()
 
     @stateful.precondition(lambda self: self.thread.inside)
-    @stateful.rule()
-    def finish(self) -> None:
-        (use,) = self.thread.inside
+    @stateful.rule(number=st.integers(0, 2))
+    def finish(self, number: int) -> None:
+        use = self.thread.inside[number % len(self.thread.inside)]
         use.release.set()
         until_true(lambda: not use.inside)
 
@@ -243,9 +254,17 @@ class Conservation(stateful.RuleBasedStateMachine):
         self.loop.run_until_complete(turns())
 
     def settled(self) -> bool:
-        """Whether the thread is where it stays: in a function, or asleep with nothing to do."""
+        """Whether the threads are where they stay: in functions, or asleep with nothing to do."""
+        if self.runner._thread is None:
+            return True
+        schedulers = self.runner._thread.schedulers
+        first = schedulers[0]
+        running = [slot.running is not None for slot in first.slots if not slot.over]
+        if len(schedulers) > 1 and not any(running):  # the next one's threads wait for its end
+            return False
+        busy = all(running)
         now = self.runner.statistics()
-        return now.running == len(self.thread.inside) and (now.running == 1 or now.queued == 0)
+        return now.running == len(self.thread.inside) and (busy or first.queued == 0)
 
     # -- what holds ----------------------------------------------------------------------------
 
@@ -254,8 +273,8 @@ class Conservation(stateful.RuleBasedStateMachine):
         now = self.runner.statistics()
         ended = now.completed + now.failed + now.cancelled + now.expired + now.rejected
         assert now.submitted == ended + now.queued + now.running
-        assert now.running <= 1
-        assert self.thread.most <= 1
+        assert now.running <= self.slots
+        assert self.thread.most <= self.slots
 
     @stateful.invariant()
     def books_say_what_happened(self) -> None:
@@ -289,16 +308,56 @@ class Conservation(stateful.RuleBasedStateMachine):
         tasks = [use.waiting for use in self.uses if isinstance(use.waiting, asyncio.Task)]
         for task in (*tasks, *self.starts):
             self.turn(task)
+        for start in self.starts:  # one that was stopped while it loaded
+            assert start.exception() is None or isinstance(start.exception(), NotReady)
         self.books_balance()
         self.books_say_what_happened()
         assert all(use.outcome is not None for use in self.uses)
         self.loop.close()
 
 
+class ConservationOfReplicas(Conservation):
+    """The same with several replicas, which are lost at random and come back at once."""
+
+    @stateful.initialize(slots=st.integers(1, 3))
+    def open(self, slots: int) -> None:
+        self.slots = slots
+        self.worker = Replicas(slots)
+        self.runner = InferenceRunner[None](max_queue=3, worker=self.worker)
+
+    @stateful.precondition(lambda self: self.thread.inside)
+    @stateful.rule(number=st.integers(0, 2))
+    def crash(self, number: int) -> None:
+        self.thread.inside[number % len(self.thread.inside)].crashes = True
+        self.finish(number)
+
+    @stateful.precondition(lambda self: self.worker.made)
+    @stateful.rule(number=st.integers(0, 2))
+    def lose(self, number: int) -> None:
+        self.worker.made[number % self.slots].die()
+
+    @stateful.invariant()
+    def never_two_on_one_replica(self) -> None:
+        assert self.worker.most <= self.slots
+
+
 @pytest.mark.parametrize("histories", [50, pytest.param(1000, marks=pytest.mark.soak)])
 def test_conservation(monkeypatch: pytest.MonkeyPatch, histories: int) -> None:
     """After every step of any history the books balance, and say what happened to each call."""
-    for module in (_future, _handoff, _runner, _scheduler):
+    check(monkeypatch, Conservation, histories)
+
+
+@pytest.mark.parametrize("histories", [12, pytest.param(1000, marks=pytest.mark.soak)])
+def test_conservation_of_replicas(monkeypatch: pytest.MonkeyPatch, histories: int) -> None:
+    """So they do with several threads, and with models that go in the midst of it."""
+    check(monkeypatch, ConservationOfReplicas, histories)
+
+
+def check(
+    monkeypatch: pytest.MonkeyPatch, machine: type[stateful.RuleBasedStateMachine], histories: int
+) -> None:
+    for module in (_future, _handoff):
         monkeypatch.setattr(module, "time", CLOCK)
+    monkeypatch.setattr(InferenceRunner, "_clock", CLOCK.monotonic)
     settings = hypothesis.settings(max_examples=histories, stateful_step_count=30, deadline=None)
-    stateful.run_state_machine_as_test(Conservation, settings=settings)
+    stateful.run_state_machine_as_test(machine, settings=settings)

@@ -28,6 +28,7 @@ import pytest
 from hypothesis import strategies as st
 
 from asgi_infer import (
+    Batcher,
     CallFailed,
     DeadlineExceeded,
     Draining,
@@ -36,9 +37,12 @@ from asgi_infer import (
     NotReady,
     QueueFull,
     ReentrantCall,
+    WorkerCrashed,
 )
 
 from .gates import LIMIT, Gate
+from .polling import until, until_true
+from .replicas import GIVE_UP, Replicas, crash, this_replica
 
 MakeGate = Callable[[], Gate]
 
@@ -1478,3 +1482,288 @@ def test_every_refusal_is_an_inference_error(gate: Gate) -> None:
         runner.submit(abs, -1)
     assert [type(caught.value) for caught in (full, draining)] == [QueueFull, Draining]
     assert all(1 <= (caught.value.retry_after or 0) <= 60 for caught in (full, draining))
+
+
+# -- several replicas --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker() -> Replicas:
+    """Two replicas, which come back at once when they are lost."""
+    return Replicas(2)
+
+
+def fill_all(runner: InferenceRunner[Any], gates: list[Gate]) -> list[Any]:
+    """Let each gate hold one of the runner's threads."""
+    futures = [runner.submit(gate, None) for gate in gates]
+    for gate in gates:
+        gate.wait_entered()
+    return futures
+
+
+@pytest.mark.anyio
+async def test_calls_run_at_once(worker: Replicas, make_gate: MakeGate) -> None:
+    """As many as there are replicas; the others wait, and all of it is in the books."""
+    gates = [make_gate() for _ in range(3)]
+    async with InferenceRunner[None](worker=worker) as runner:
+        async with anyio.create_task_group() as tasks:
+            for gate in gates:
+                tasks.start_soon(runner.run, gate, None)
+            await until(lambda: sum(gate.entries for gate in gates) == 2)
+            now = runner.statistics()
+            assert (now.running, now.queued, now.state) == (2, 1, "ready")
+            for gate in gates:
+                gate.release.set()
+        now = runner.statistics()
+        assert (now.completed, now.running, now.restarts) == (3, 0, 0)
+    assert worker.most == 2
+    assert runner.statistics().state == "closed"
+
+
+@pytest.mark.anyio
+async def test_crashes_are_counted(worker: Replicas) -> None:
+    """Whoever made the call is told, others are served, and each crash is one restart."""
+    async with InferenceRunner[None](worker=worker) as runner:
+        for _ in range(3):
+            with pytest.raises(WorkerCrashed):
+                await runner.run(crash)
+            assert await runner.run(abs, -3) == 3
+        await until(lambda: runner.statistics().restarts == 3)
+        now = runner.statistics()
+        assert (now.failed, now.completed, now.state) == (3, 3, "ready")
+
+
+@pytest.mark.anyio
+async def test_wait_idle_with_several(worker: Replicas, make_gate: MakeGate) -> None:
+    """``wait_idle`` waits for the calls of all replicas, and for no model to come back."""
+    gates = [make_gate(), make_gate()]
+    loading = make_gate()
+    async with InferenceRunner[None](worker=worker) as runner:
+        fill_all(runner, gates)
+        gates[0].release.set()
+        with anyio.move_on_after(0.02) as scope:
+            await runner.wait_idle()
+        assert scope.cancelled_caught
+        gates[1].release.set()
+        await runner.wait_idle()
+        worker.opening = lambda number: loading(None)
+        with pytest.raises(WorkerCrashed):
+            await runner.run(crash)
+        await runner.wait_idle()
+        await loading.entered_async()
+        loading.release.set()
+
+
+@pytest.mark.anyio
+async def test_reentry_from_any_thread(worker: Replicas) -> None:
+    """A call that calls its own runner is told, whichever replica it runs on, although another
+    might be free: with one call more than there are threads all would wait for each other."""
+
+    async with InferenceRunner[None](worker=worker) as runner:
+        together = threading.Barrier(2)
+
+        def call_again() -> int:
+            together.wait(LIMIT)
+            with pytest.raises(ReentrantCall):
+                runner.submit(abs, -3)
+            return this_replica().number
+
+        futures = [runner.submit(call_again) for _ in range(2)]
+        numbers = [await anyio.to_thread.run_sync(future.result, LIMIT) for future in futures]
+        assert sorted(numbers) == [0, 1]
+
+
+@pytest.mark.anyio
+async def test_one_replica_does_not_load(worker: Replicas, make_gate: MakeGate) -> None:
+    """``start`` raises what its ``load`` raises, also if the others have loaded and serve."""
+    loading = make_gate()
+
+    def opening(number: int) -> None:
+        if number == 1:
+            loading(None)
+            raise LoadError
+
+    worker.opening = opening
+    runner = InferenceRunner[None](worker=worker)
+    assert await runner.run(abs, -3) == 3
+    loading.release.set()
+    with pytest.raises(LoadError):
+        await runner.start()
+    with pytest.raises(NotReady, match="did not load: LoadError"):
+        await runner.run(abs, -3)
+    assert runner.statistics().state == "failed"
+    worker.opening = lambda number: None
+    await runner.start()
+    assert await runner.run(abs, -3) == 3
+    await runner.aclose()
+
+
+@pytest.mark.anyio
+async def test_no_thread_for_one(worker: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``start`` says so, and nothing of the rest is left; the next attempt may succeed."""
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start_one(thread: threading.Thread) -> None:
+        if thread.name == "inference":
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    runner = InferenceRunner[None](worker=worker)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_one)
+        with pytest.raises(NotReady, match="no thread for its replica 1: can't start new thread"):
+            await runner.start()
+    await anyio.to_thread.run_sync(started[0].join, LIMIT)
+    assert not started[0].is_alive()
+    await runner.start()
+    assert await runner.run(abs, -1) == 1
+    await runner.aclose()
+    closed = [note for note in worker.notes if note.startswith("close")]
+    assert sorted(closed) == ["close 0", "close 0", "close 1", "close 1"]
+
+
+@pytest.mark.anyio
+async def test_start_that_takes_too_long_is_interrupted(worker: Replicas) -> None:
+    """Replicas that still load when the time is up are told that nobody waits any more; those
+    that have loaded end as well."""
+    ended: list[int] = []
+
+    def opening(number: int) -> None:
+        if number == 1:
+            assert worker.made[1].interrupted.wait(LIMIT)
+            ended.append(number)
+
+    worker.opening = opening
+    runner = InferenceRunner[None](worker=worker)
+    with pytest.raises(NotReady, match=r"did not load in 0\.02 s"):
+        await runner.start(timeout=0.02)
+    thread = runner._thread
+    assert thread is not None
+    await anyio.to_thread.run_sync(thread.join, LIMIT)
+    assert ended == [1]
+    with pytest.raises(Draining):
+        await runner.run(abs, -3)
+
+
+@pytest.mark.anyio
+async def test_grace_for_all_replicas(worker: Replicas, make_gate: MakeGate) -> None:
+    """What has begun on any of them may end within the grace; then all are interrupted."""
+    runner = InferenceRunner[None](worker=worker)
+    gates = [make_gate(), make_gate()]
+    await runner.start()
+    futures = fill_all(runner, gates)
+    waiting = runner.submit(abs, -3)
+    gates[0].release.set()
+    await runner.aclose(grace=0.05)
+    assert futures[0].result(LIMIT) is None
+    assert waiting.result(LIMIT) == 3
+    assert isinstance(futures[1].exception(LIMIT), Draining)
+    assert all(replica.interrupted.is_set() for replica in worker.made.values())
+    assert runner.statistics().state == "draining"
+    gates[1].release.set()
+    runner.shutdown()
+    assert runner.statistics().state == "closed"
+
+
+@pytest.mark.anyio
+async def test_broken_is_told_and_stopped_at_once() -> None:
+    """A runner whose models crash too often refuses calls with a 503, and keeps nobody who stops
+    it, whatever the grace."""
+    worker = Replicas(2, GIVE_UP)
+    async with InferenceRunner[None](worker=worker) as runner:
+        for _ in range(2):
+            with pytest.raises(WorkerCrashed) as crashed:
+                await runner.run(crash)
+            assert crashed.value.status_code == 500
+        await until(lambda: runner.statistics().state == "broken")
+        with pytest.raises(NotReady, match="crashed too often") as refused:
+            await runner.run(abs, -3)
+        assert (refused.value.status_code, repr(runner)) == (
+            503,
+            "<InferenceRunner 'inference' broken>",
+        )
+    assert runner.statistics().state == "closed"
+
+
+def test_resource_warning_when_broken() -> None:
+    """A runner that goes away while it is broken says so as well, and its threads end."""
+    worker = Replicas(1, GIVE_UP)
+    runner = InferenceRunner[None](name="forgotten", worker=worker)
+    assert isinstance(runner.submit(crash).exception(LIMIT), WorkerCrashed)
+    thread = runner._thread
+    assert thread is not None
+    until_true(lambda: thread.state == "broken")
+    with pytest.warns(ResourceWarning, match="'forgotten' broken> was not stopped"):
+        del runner
+    until_true(lambda: worker.count("close 0") == 1)
+
+
+def test_several_in_a_forked_child(worker: Replicas, make_gate: MakeGate) -> None:
+    """What the parent has begun on any replica ends there for nobody, and the child has replicas
+    of its own."""
+    runner = InferenceRunner[None](worker=worker)
+    gates = [make_gate(), make_gate()]
+    futures = fill_all(runner, gates)
+    parent = runner._thread
+    assert parent is not None
+    runner._after_fork()
+    for future in futures:
+        with pytest.raises(Draining, match="parent process"):
+            future.result(0)
+    assert worker.notes[-2:] == ["leave behind 0", "leave behind 1"]
+    assert runner.submit(abs, -1).result(LIMIT) == 1
+    runner.shutdown()
+    for gate in gates:
+        gate.release.set()
+    parent.stop_soon()
+    assert parent.join(LIMIT)
+
+
+def test_map_over_replicas(worker: Replicas) -> None:
+    """``Executor.map`` keeps all of them busy, and the results in order."""
+    together = threading.Barrier(2)
+
+    def pair(number: int) -> int:
+        together.wait(LIMIT)  # passed by two or by none
+        return number
+
+    with InferenceRunner[None](worker=worker, max_queue=2) as runner:
+        assert list(runner.map(pair, range(40))) == list(range(40))
+    assert worker.most == 2
+
+
+@pytest.mark.anyio
+async def test_batches_on_several_replicas(worker: Replicas, make_gate: MakeGate) -> None:
+    """Two batches run at once, one on each, and what comes meanwhile is the next one's."""
+    gates = {0: make_gate(), 1: make_gate()}
+    sizes: list[int] = []
+
+    def double(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        if len(sizes) <= 2:
+            gates[items[0]](None)
+        return [2 * item for item in items]
+
+    async with InferenceRunner[None](worker=worker) as runner:
+        batcher = Batcher(runner, double, max_size=8)
+        results: dict[int, int] = {}
+
+        async def ask(item: int) -> None:
+            results[item] = await batcher.run(item)
+
+        async with anyio.create_task_group() as tasks:
+            for number, gate in gates.items():
+                tasks.start_soon(ask, number)
+                await gate.entered_async()
+            for number in range(2, 7):
+                tasks.start_soon(ask, number)
+            await until(lambda: runner.statistics().queued == 5)
+            assert runner.statistics().running == 2
+            gates[1].release.set()
+            await until(lambda: len(results) == 6)
+            gates[0].release.set()
+    assert results == {number: 2 * number for number in range(7)}
+    assert sizes == [1, 1, 5]

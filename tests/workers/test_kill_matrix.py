@@ -30,7 +30,7 @@ from asgi_infer import (
     NotReady,
     WorkerCrashed,
 )
-from asgi_infer.workers import ProcessWorker, RestartPolicy
+from asgi_infer.workers import ProcessWorker, RestartPolicy, SharedWorker
 from asgi_infer.workers._protocol import Worker
 
 from ..conftest import BACKENDS
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.anyio
 
 OFTEN = RestartPolicy(max_restarts=100, backoff=0.0)
 
-WORKERS: dict[str, Callable[..., Worker]] = {"process": ProcessWorker}
+WORKERS: dict[str, Callable[..., Worker]] = {"process": ProcessWorker, "shared": SharedWorker}
 
 
 @pytest.fixture

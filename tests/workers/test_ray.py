@@ -32,6 +32,7 @@ from asgi_infer import (
     NativePolicy,
     NotReady,
     WorkerCrashed,
+    check_cancelled,
 )
 from asgi_infer._model import ModelReference
 from asgi_infer.workers import RayWorker, RestartPolicy
@@ -64,12 +65,11 @@ def anyio_backend() -> Any:
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """Instead of the check of the other tests: Ray opens and closes things when it likes. Of what
-    is ours, threads are, and actors, which are seen by their processes."""
-    before = set(threading.enumerate())
-    actors = hosts()
+    is ours, threads are counted, and actors, which are seen by their processes."""
+    threads, actors = threading.active_count(), len(hosts())
     yield
-    until_true(lambda: not set(threading.enumerate()) - before)
-    until_true(lambda: not hosts() - actors)
+    until_true(lambda: threading.active_count() <= threads)
+    until_true(lambda: len(hosts()) <= actors)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,6 +79,12 @@ def ray() -> Iterator[Any]:
     with cluster():
         yield sys.modules["ray"]
     until_true(lambda: not set(psutil.Process().children(recursive=True)) - before)
+
+
+def replica_of(runner: InferenceRunner[Any]) -> Any:
+    """The runner's end of its actor."""
+    thread: Any = runner._thread
+    return thread._replicas[0]
 
 
 def hosts() -> set[psutil.Process]:
@@ -118,10 +124,14 @@ def make(tmp_path: Path) -> Iterator[Makers]:
     makers.close()
 
 
-def make_runner(**options: Any) -> InferenceRunner[Model]:
-    """One replica, started again at once when it is lost."""
-    worker = RayWorker(1, options=SMALL, restart=RestartPolicy(backoff=0.0), **options)
-    return InferenceRunner(Model, worker=worker)
+@pytest.fixture(scope="module")
+def mortal(ray: Any) -> Iterator[InferenceRunner[Model]]:
+    """One replica, for tests that kill it, and wait for the next: each start takes a second."""
+    restart = RestartPolicy(max_restarts=99, backoff=0.0)
+    worker = RayWorker(options=SMALL, hard_timeout=1.0, restart=restart)
+    with InferenceRunner(Model, worker=worker) as runner:
+        anyio.run(runner.start)
+        yield runner
 
 
 # -- where it runs -----------------------------------------------------------------------------
@@ -192,7 +202,7 @@ async def test_functions(runner: InferenceRunner[Model]) -> None:
     assert await runner.run(lambda model, n: model.add(n, five), model, 2) == 7
     assert await runner.run(partial(model.add, right=3), 1) == 4
     assert await runner.run(model.part.triple, 4) == 12
-    assert await runner.run(lambda: None) is None
+    assert await runner.run(lambda: "none") == "none"
     returned = await runner.run(functions.make_lambda)
     assert returned() is None
 
@@ -328,49 +338,39 @@ async def test_killed_while_it_ran(make: Makers, caplog: pytest.LogCaptureFixtur
     assert "was lost, and has been loaded again" in caplog.text
 
 
-async def test_killed_while_idle(caplog: pytest.LogCaptureFixture) -> None:
+async def test_killed_while_idle(
+    mortal: InferenceRunner[Model], caplog: pytest.LogCaptureFixture
+) -> None:
     """The next call is not lost: it is not sent to an actor that is known to be dead."""
-    async with make_runner() as runner:
-        pid, _ = await runner.run(functions.where)
-        os.kill(pid, signal.SIGSEGV)
-        link = runner._thread._replicas[0]._link  # type: ignore[union-attr]
-        await until(lambda: link.channel.gone)  # Ray has heard of it
-        assert (await runner.run(functions.where))[0] != pid
-        assert runner.statistics().failed == 0
+    pid, _ = await mortal.run(functions.where)
+    os.kill(pid, signal.SIGSEGV)
+    await until(lambda: replica_of(mortal)._link.channel.gone)  # Ray has heard of it
+    assert (await mortal.run(functions.where))[0] != pid
+    assert mortal.statistics().failed == 0
     assert "has died while it was idle" in caplog.text
 
 
-async def test_retry() -> None:
-    """A call is run again, once, where the worker was told to; it does not help here."""
-    async with make_runner(retry_crashed=True) as runner:
-        with pytest.raises(WorkerCrashed):
-            await runner.run(functions.exit_now, 3)
-        assert await runner.run(runner.model.count) == 1
-
-
-async def test_killed_between_two_steps() -> None:
+async def test_killed_between_two_steps(mortal: InferenceRunner[Model]) -> None:
     """A stream ends with its actor."""
-    async with make_runner() as runner:
-        stream = runner.stream(functions.step_where, 1000, interleave=True, buffer=1)
-        pid, _ = await anext(stream)
-        os.kill(pid, signal.SIGKILL)
-        with pytest.raises(WorkerCrashed):
-            async for _ in stream:
-                pass
-        assert await runner.run(runner.model.count) == 1
+    stream = mortal.stream(functions.step_where, 1000, interleave=True, buffer=1)
+    pid, _ = await anext(stream)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerCrashed):
+        async for _ in stream:
+            pass
+    assert await mortal.run(mortal.model.count) == 1
 
 
-async def test_hard_timeout(make: Makers) -> None:
+async def test_hard_timeout(mortal: InferenceRunner[Model], make: Makers) -> None:
     """A call that does not end is ended, with its actor."""
-    async with make_runner(hard_timeout=0.2) as runner:
-        with pytest.raises(DeadlineExceeded, match="hard_timeout"):
-            await runner.run(make.gate(), None)
-        assert await runner.run(runner.model.count) == 1
+    with pytest.raises(DeadlineExceeded, match="hard_timeout"):
+        await mortal.run(make.gate(), None)
+    assert await mortal.run(mortal.model.count) == 1
 
 
 async def test_stopped_while_a_call_runs(make: Makers) -> None:
     """The actor is killed when the grace is over: nothing runs on."""
-    runner = make_runner()
+    runner = InferenceRunner(Model, worker=RayWorker(options=SMALL))
     await runner.start()
     gate = make.gate()
     future = runner.submit(gate, None)
@@ -412,7 +412,24 @@ async def test_no_cluster(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray starts a cluster whenever one is missing; the runner does not let it."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(RuntimeError, match=r"call ray\.init"):
-        await make_runner().start()
+        await InferenceRunner(Model, worker=RayWorker()).start()
+
+
+def test_interrupted_early(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor that was not there yet when the runner stopped is ended as soon as it is."""
+    spec = ModelSpec(name="m", load=Model, warmup=None, native=NativePolicy())
+    replica = RayWorker(options={"num_cpus": 99}).replica(spec, 0)
+    connect = replica._connect
+
+    def stop_first() -> Any:
+        replica.interrupt()
+        return connect()
+
+    monkeypatch.setattr(replica, "_connect", stop_first)
+    with pytest.raises(NotReady, match="stopped while its model 'm' was loaded"):
+        replica.open(lambda: None)
+    assert not replica.wake_up.acquire()
+    replica.close()
 
 
 # -- the cluster goes --------------------------------------------------------------------------
@@ -594,11 +611,11 @@ def test_host_and_callers_who_left(host: Any) -> None:
     from asgi_infer.workers._errors_across import unpack_error
 
     host._page._canceled = lambda: True
-    reply = exchange(host.answer, Kind.EXECUTE, (functions.check_cancelled, ()))
+    reply = exchange(host.answer, Kind.EXECUTE, (check_cancelled, ()))
     assert isinstance(unpack_error(reply.body()), CallCancelled)
     host._page._canceled = lambda: False
     for seconds, kind in ((-1.0, Kind.RAISED), (99.0, Kind.RESULT)):
-        work = (functions.check_cancelled, ())
+        work = (check_cancelled, ())
         assert exchange(host.answer, Kind.EXECUTE, work, seconds=seconds).kind is kind
 
 
@@ -637,27 +654,31 @@ def test_senseless_numbers(options: dict[str, Any]) -> None:
         RayWorker(**options)
 
 
-WITHOUT = """
+LATER = """
 import sys
 import asgi_infer.workers
 from asgi_infer.workers import RayWorker
-assert "ray" not in sys.modules
-sys.modules["ray"] = None
-try: RayWorker()
-except ModuleNotFoundError as error: print(error)
-sys.modules["ray.cloudpickle"] = sys.modules["ray"] = sys
-sys.modules["asgi_infer.workers._host"] = None
-try: RayWorker()
-except ModuleNotFoundError as error: print(error.name)
+print("ray" in sys.modules)
 """
 
 
-def test_without_ray() -> None:
-    """Ray is imported when a worker is made. Where it isn't installed, that says what to do."""
-    command = [sys.executable, "-c", WITHOUT]
+def test_imported_late() -> None:
+    """Ray is imported when a worker is made."""
+    command = [sys.executable, "-c", LATER]
     result = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True)
-    assert "pip install 'asgi-infer[ray]'" in result.stdout
-    assert "asgi_infer.workers._host" in result.stdout
+    assert result.stdout == "False\n"
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Ray isn't installed, a worker says what to do. What else is missing, Python says."""
+    for name in ("_ray_replica", "_ray_host"):
+        monkeypatch.delitem(sys.modules, f"asgi_infer.workers.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'asgi-infer\[ray\]'"):
+        RayWorker()
+    monkeypatch.setitem(sys.modules, "asgi_infer.workers._ray_replica", None)
+    with pytest.raises(ModuleNotFoundError, match="_ray_replica"):
+        RayWorker()
 
 
 def test_description() -> None:
