@@ -45,16 +45,18 @@ def serve(listener: int, lock: int) -> NoReturn:  # pragma: no cover  # in a pro
     have come since wait for it, to start the next.
     """
     model = SharedHost(Claim.inherited(listener, lock))
+    code = 1
     try:
         while model.turn():
             pass
         model.close()
+        code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 class Server:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -33,44 +32,9 @@ from asgi_infer.workers.shared import SharedLink
 
 from ..gates import LIMIT
 from ..polling import until_true
+from .shared_models import Model, crash, fail, sleep
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="locks and sockets as on Linux")
-
-
-class Model:
-    """In a process of its own, with which a test speaks by files."""
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def hold(self, path: str) -> int:
-        """Tell that it has begun, and wait for the file to go."""
-        file = Path(path)
-        file.touch()
-        end = time.monotonic() + LIMIT
-        while file.exists() and time.monotonic() < end:
-            time.sleep(0.001)
-        return os.getpid()
-
-    def count(self) -> Iterator[int]:
-        yield from range(3)
-
-    def say(self, what: str) -> None:
-        print(what)
-        print(what, file=sys.stderr)
-
-
-def fail() -> Model:
-    raise LookupError("no such file")
-
-
-def sleep() -> Model:
-    time.sleep(LIMIT)
-    return Model()
-
-
-def crash() -> Model:
-    os._exit(3)
 
 
 SPEC = ModelSpec(name="shared", load=Model, warmup=None, native=NativePolicy(nice=0))
