@@ -19,16 +19,17 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from . import _refusals
-from ._batch import BatchCall, BatchFunction, BatchGroup
+from ._batch import BatchCall, BatchFunction
 from ._buffer import StreamCall
 from ._call import Call, CallState, Departure
 from ._errors import InferenceError
+from ._forecast import Forecast
 from ._overload import Overload
 from ._queue import CallQueue, size_of
 from ._queue_policy import QueuePolicy
 from ._refusals import ErrorOf, Refusal
 from ._slot import Slot
-from ._statistics import Counters, expectation, moving_average
+from ._statistics import Counters, moving_average
 from ._suspended import Suspended
 
 
@@ -71,10 +72,7 @@ class Scheduler:
         # Whose threads sleep, or are about to: whoever takes one out of here releases its latch.
         self._idle: list[Slot] = []
         self._resting: list[Slot] = []  # the same for those that are down
-        # What is expected of the next one, in seconds:
-        self._call_time = 0.0  # a call that is no batch's
-        self._stream_time = 0.0  # a stream that holds the thread
-        self._item_time = 0.0  # one item of a stream that lets others run
+        self._forecast = Forecast()
         self._idle_waiters: list[Future[None]] = []
 
     # -- for callers ---------------------------------------------------------------------------
@@ -297,11 +295,8 @@ class Scheduler:
         with self._lock:
             awaited = self._close(call, value, error)
             seconds = ended - call.started
-            if type(call) is StreamCall:
-                if not call.interleave:
-                    self._stream_time = expectation(self._stream_time, seconds)
-            else:
-                self._call_time = expectation(self._call_time, seconds)
+            self._forecast.learn(call.group, seconds)
+            if type(call) is not StreamCall:
                 average = self._counters.service_time
                 self._counters.service_time = moving_average(average, seconds)
             slot = call.slot
@@ -354,7 +349,7 @@ class Scheduler:
         with self._lock:
             now = self.clock()
             slot = call.slot
-            self._item_time = moving_average(self._item_time, now - slot.turn_began)
+            self._forecast.learn_item(now - slot.turn_began)
             # Its first item, too, was a turn; and not the queue's, unless others wait for theirs.
             slot.stream_next = slot.stream_next and slot.suspended.ready
             slot.suspended.add(call, now)
@@ -617,7 +612,7 @@ class Scheduler:
         """The error for a call with ``left`` seconds that would not end in time."""
         # Its own seconds count only if others run before: they then are news. An estimate that
         # nothing corrects any more must not keep a free thread from being used.
-        needed = wait + self._seconds(call.group, 1) if wait else 0.0
+        needed = wait + self._forecast.seconds(call.group, 1) if wait else 0.0
         if needed > left:
             return _refusals.too_little_time(left, needed)
         if self._sheds and wait > self._policy.target * left:
@@ -645,41 +640,9 @@ class Scheduler:
     def _predicted_wait(self, call: Call) -> float:
         """Seconds until ``call`` has its turn: the work ahead of it, shared among the slots."""
         slots = [slot for slot in self.slots if not slot.down] or self.slots
-        left = [self._left(slot, call.arrived) for slot in slots]
         if self._overload.active and self._policy.overload == "newest":
-            return min(left)
-        return _shared_out(self._ahead_of(call, slots), left)
-
-    def _ahead_of(self, call: Call, slots: Iterable[Slot]) -> float:
-        """The seconds that those take which wait, and are to run before ``call``."""
-        wait = 0.0
-        suspended = any(slot.suspended.ready for slot in slots)
-        for group, count in self._queue.ahead_of(call.priority, call.arrived).items():
-            if isinstance(group, BatchGroup) and group == call.group:
-                # The rest it joins, and that one runs the longer for it.
-                rest = count % group.function.max_size
-                wait += rest * group.function.cost.each
-                count -= rest
-            wait += self._seconds(group, count)
-            if suspended:  # they have a turn after each
-                wait += count * self._item_time
-        return wait
-
-    def _left(self, slot: Slot, now: float) -> float:
-        """The seconds that who runs in ``slot`` still takes, as far as that can be told."""
-        running = slot.running
-        if running is None:
-            return 0.0
-        size = len(running.members) if type(running) is BatchCall else 1
-        return max(0.0, self._seconds(running.group, size) - (now - slot.turn_began))
-
-    def _seconds(self, group: object, count: int) -> float:
-        """What ``count`` calls of a group are going to take."""
-        if isinstance(group, BatchGroup):
-            return group.function.seconds(count)
-        if group is None:
-            return count * self._call_time
-        return count * (self._stream_time if group == "stream" else self._item_time)
+            return self._forecast.next_end(slots, call.arrived)
+        return self._forecast.wait(call, self._queue, slots)
 
     # -- under the lock: the books -------------------------------------------------------------
 
@@ -758,21 +721,6 @@ class Scheduler:
         while woken and not slot.wake_up.acquire():  # in the very moment: it is on its way
             continue
         return woken
-
-
-def _shared_out(work: float, left: list[float]) -> float:
-    """When there is a slot for what comes next: seconds.
-
-    As water fills a vessel with steps, ``work`` goes to the slots that are free first.
-
-    :param work: seconds that those ahead take, in one slot after the other
-    :param left: for how long each slot is taken already
-    """
-    level = math.inf
-    for count, seconds in enumerate(sorted(left), start=1):
-        work += seconds
-        level = min(level, work / count)
-    return level
 
 
 def _share_waited(call: Call, deadline: float, now: float) -> float:

@@ -86,6 +86,7 @@ FLOORS = [
     {"_batch", "_buffer", "_foreign_pools", "_hints", "_overload", "_refusals"},
     {"_queue", "_suspended"},
     {"_slot"},
+    {"_forecast"},
     {"_scheduler", "_watch", "workers"},
     {"_execute", "_future"},
     {"_stream", "_thread"},

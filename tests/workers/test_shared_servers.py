@@ -32,7 +32,9 @@ COMMANDS = {
         "gunicorn {app} --bind 127.0.0.1:{port} --workers {workers} --worker-class "
         "uvicorn_worker.UvicornWorker --graceful-timeout 2 --no-control-socket"
     ),
-    "granian": "granian {app} --port {port} --workers {workers} --interface asgi --respawn-failed-workers",
+    "granian": (
+        "granian {app} --port {port} --workers {workers} --interface asgi --respawn-failed-workers"
+    ),
 }
 
 
