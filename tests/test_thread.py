@@ -991,7 +991,7 @@ def test_recovers(make_crew: MakeCrew) -> None:
         assert isinstance(crew.submit(crash).exception(LIMIT), WorkerCrashed)
         loading.wait_entered()
         assert crew.thread.state == "broken"
-        with pytest.raises(NotReady):
+        with pytest.raises(NotReady, match="it is started again now"):
             crew.submit(abs, -1)
         loading.release.set()
         until_true(lambda: crew.thread.state == "ready")

@@ -407,13 +407,15 @@ def test_poison_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- time --------------------------------------------------------------------------------------
 
 
-def test_hard_timeout(make: Make) -> None:
-    """A call that runs for too long is killed, with its process, which says what it was doing."""
+def test_hard_timeout(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """A call that runs for too long is killed, with its process, which says what it was doing.
+    Its name is in the log, since its caller may have left."""
     replica = make(hang, echo, hard_timeout=0.01)
     with pytest.raises(DeadlineExceeded, match=r"longer than hard_timeout \(0.01 s\)") as caught:
         replica.call(len)
     assert caught.value.started
     assert (replica.losses, replica.links[0].dumped) == (1, 1)
+    assert caplog.messages == [str(caught.value)]
     assert replica.call(len, 1) == (1,)
 
 
