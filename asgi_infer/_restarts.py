@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
 _MAX_DOUBLED = 64  # more would be too large for a float, and is too long for anybody
 
 
