@@ -11,7 +11,7 @@ OCR := "rapidocr-onnxruntime>=1.4,<2; python_version < '3.13'"
 QUIET_PIP := -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types unit soak bench bench-full-cpu bench-flow test-matrix clean
+.PHONY: help run test lint types unit soak bench bench-full-cpu bench-flow bench-isolation test-matrix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,10 @@ bench-flow: $(RUN_STAMP) ## overload, batches and streams, beside what else ther
 	@$(BIN)/python $(QUIET_PIP) install --group bench-flow
 	@$(BIN)/python -m benchmarks --set flow
 	@$(BIN)/python -m benchmarks.plot_overload
+
+bench-isolation: $(RUN_STAMP) ## processes, shared models and Ray, beside what else there is
+	@$(BIN)/python $(QUIET_PIP) install --group bench-isolation
+	@$(BIN)/python -m benchmarks --set isolation
 
 test-matrix: ## the tests on every Python at hand, and with the lowest dependencies
 	@$(PYTHON) tests/matrix.py

@@ -153,7 +153,10 @@ class Call:
 class Awaited(Protocol):
     """What ``check_cancelled()`` asks of the call that runs."""
 
-    departure: Departure | None
+    @property
+    def departure(self) -> Departure | None:
+        """Why nobody waits, but for the deadline."""
+        ...
 
     def given_up(self, now: float, /) -> bool:
         """Whether nobody waits for its outcome any more."""

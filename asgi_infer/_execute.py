@@ -123,6 +123,14 @@ def _split(function: BatchFunction, returned: Any, count: int) -> list[Any]:
         raise WrongResults(f"{name_of(function)} {error}") from None
 
 
+def _repeated(crash: WorkerCrashed) -> WorkerCrashed:
+    """The same again, with the stack of the process in its notes."""
+    again = WorkerCrashed(str(crash))
+    for note in getattr(crash, "__notes__", ()):
+        again.add_note(note)
+    return again
+
+
 def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException) -> None:
     if isinstance(error, CallCancelled):
         _give_up(scheduler, calls)
@@ -130,7 +138,7 @@ def _fail(scheduler: Scheduler, calls: Sequence[BatchCall], error: BaseException
     if isinstance(error, WrongResults | LazyResult):
         errors: list[Exception] = [TypeError(*error.args) for _ in calls]
     elif isinstance(error, WorkerCrashed):
-        errors = [WorkerCrashed(str(error)) for _ in calls]
+        errors = [_repeated(error) for _ in calls]
     else:
         errors = [as_error(error, calls[0].work)]
     scheduler.settle((call, None, each) for call, each in zip(calls, errors, strict=True))

@@ -89,8 +89,9 @@ class Hints:
             return None
         return (
             f"while {look.func} runs, the event loop stands still (for {lag:.3g} s of "
-            f"{look.seconds:.3g} s): the function holds the GIL, on whatever thread it runs. It "
-            f"needs a process of its own, or a binding that releases the GIL while it computes"
+            f"{look.seconds:.3g} s): the function holds the GIL, on whatever thread it runs. Give "
+            f"it a process of its own, InferenceRunner(..., worker=ProcessWorker()) from "
+            f"asgi_infer.workers, or use a binding that releases the GIL while it computes"
         )
 
     def _quota(self, look: Looked) -> str | None:
@@ -133,7 +134,9 @@ class Hints:
         return (
             f"{count} processes that were started together run a model named {self._name!r}, with "
             f"{threads} native threads on {room:g} CPUs, which slows all of them down: "
-            f"set NativePolicy(threads={max(1, int(room) // count)}), or start fewer workers"
+            f"set NativePolicy(threads={max(1, int(room) // count)}), start fewer workers, or "
+            f"have one model for all of them: InferenceRunner(..., worker=SharedWorker()) from "
+            f"asgi_infer.workers"
         )
 
 

@@ -44,12 +44,22 @@ class ModelReference:
             f"Call it with: await runner.run({self!r}, ...)"
         )
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} is a reference to a model, and means nothing elsewhere")
+
     def __repr__(self) -> str:
         return ".".join(("runner.model", *self._asgi_infer_path))
 
 
+class ForeignReference(ValueError):
+    """A reference is to the model of another runner."""
+
+    def __init__(self, reference: ModelReference) -> None:
+        super().__init__(f"{reference!r} belongs to another runner: run the call there")
+
+
 def owner_and_path(reference: ModelReference) -> tuple[object, tuple[str, ...]]:
-    """Whose model ``reference`` is to, and the names that lead from there to what it stands for."""
+    """Whose model ``reference`` is to, and the names that lead on from there."""
     return reference._asgi_infer_owner, reference._asgi_infer_path
 
 
@@ -113,7 +123,7 @@ def resolve(value: Any, owner: object, model: Any) -> Any:
     """
     if isinstance(value, ModelReference):
         if value._asgi_infer_owner is not owner:
-            raise ValueError(f"{value!r} belongs to another runner: run the call there")
+            raise ForeignReference(value)
         for name in value._asgi_infer_path:
             model = getattr(model, name)
         return model

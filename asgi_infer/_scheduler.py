@@ -230,10 +230,11 @@ class Scheduler:
     def set_down(self, slot: Slot, *, down: bool) -> None:
         """Nothing can run in ``slot`` from now on, or it can again, where a model was lost."""
         with self._lock:
+            # Lost twice: it was loaded again in between, for a call that is run once more.
+            self._counters.restarts += not down or slot.down
             slot.down = down
             if down:
                 return
-            self._counters.restarts += 1
             slot.broken = False
             if self._refuses_for_now:
                 self._refusal = None

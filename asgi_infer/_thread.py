@@ -269,7 +269,7 @@ class InferenceThread:
             left = max(0.0, until - self.scheduler.clock())
             return NotReady(
                 f"the model of {name!r} has crashed too often (see the log, and RestartPolicy); "
-                f"it is started again in {left:.3g} s",
+                f"it is started again {f'in {left:.3g} s' if left else 'now'}",
                 retry_after=retry_after(left),
             )
 

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import batching, digits, full_cpu, handoff, million, overload, stream, watch, web
+from . import (
+    batching,
+    digits,
+    full_cpu,
+    handoff,
+    isolation,
+    million,
+    overload,
+    stream,
+    watch,
+    web,
+)
 from ._children import ROOT
 from ._figure import FULL, QUICK, Benchmark, Figure
 from ._report import as_json, table
@@ -23,6 +34,7 @@ SETS: dict[str, Sequence[Figure]] = {
     ],
     "full-cpu": full_cpu.FIGURES,
     "flow": [*overload.FIGURES, *batching.FIGURES, *stream.FIGURES],
+    "isolation": isolation.FIGURES,
 }
 _PATIENCE = (
     "seconds, for each figure, to wait for other processes to be quiet, and to repeat what they "

@@ -19,10 +19,13 @@ class ChildError(RuntimeError):
 
 
 class Child:
-    """``python -m benchmarks.MODULE ARGUMENTS`` while the ``with`` block lasts."""
+    """``python -m benchmarks.MODULE ARGUMENTS`` while the ``with`` block lasts.
 
-    def __init__(self, module: str, *arguments: str) -> None:
-        self._command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    :param python: of another environment
+    """
+
+    def __init__(self, module: str, *arguments: str, python: str | Path = sys.executable) -> None:
+        self._command = [str(python), "-m", f"benchmarks.{module}", *arguments]
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -83,7 +86,7 @@ def answer(**values: object) -> None:
     sys.stdout.flush()
 
 
-def once(module: str, *arguments: str) -> dict[str, Any]:
+def once(module: str, *arguments: str, python: str | Path = sys.executable) -> dict[str, Any]:
     """Run a child that says one thing, and return that."""
-    with Child(module, *arguments) as child:
+    with Child(module, *arguments, python=python) as child:
         return child.ask()

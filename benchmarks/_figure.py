@@ -111,28 +111,34 @@ Step = Callable[[Scale], Round]
 
 
 class Unavailable(Exception):
-    """An arm can't be measured here. The others are, and the report says why this one is not.
+    """An arm, or some, can't be measured here. The report says why, and the others are.
 
     :param reason: ends the sentence that it was not measured
     """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.arm = ""  # which one; set by its step
+        self.arms: Sequence[str] = ()  # which; set by their step
+
+
+def all_at_once(arms: Sequence[str], measure: Step) -> Step:
+    """The step of arms that are measured together, and are all unavailable if one is."""
+
+    def run(scale: Scale) -> Round:
+        try:
+            return measure(scale)
+        except Unavailable as error:
+            error.arms = arms
+            raise
+
+    return run
 
 
 def one_by_one(arms: Mapping[str, Callable[[Scale], Sample]]) -> list[Step]:
     """The steps of arms that have nothing in common."""
 
     def step(name: str, measure: Callable[[Scale], Sample]) -> Step:
-        def run(scale: Scale) -> Round:
-            try:
-                return {name: measure(scale)}
-            except Unavailable as error:
-                error.arm = name
-                raise
-
-        return run
+        return all_at_once([name], lambda scale: {name: measure(scale)})
 
     return [step(name, measure) for name, measure in arms.items()]
 
@@ -231,8 +237,8 @@ class Benchmark:
         try:
             return step(self._scale)
         except Unavailable as error:
-            self._result.unavailable[error.arm] = str(error)
-            return {error.arm: {}}
+            self._result.unavailable.update(dict.fromkeys(error.arms, str(error)))
+            return {arm: {} for arm in error.arms}
 
     def _wait_for_quiet(self) -> float:
         """Wait while patience lasts; return the pressure of the last moment."""

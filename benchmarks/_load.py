@@ -17,7 +17,7 @@ from asgi_infer.native.procfs import all_thread_counters
 from ._children import Child, once
 from ._figure import Sample, Scale, Unavailable
 from ._models import PACKAGES, TRAINERS
-from ._usage import Reading, Usage, total, used_between
+from ._usage import Reading, Usage, read_tree, total, used_between
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def script(model: str, scale: Scale, *arguments: str) -> Sample:
     """
     seconds = ("--seconds", str(scale.seconds))
     with Child("_script", *arguments, *model_options(model, scale), *seconds) as child:
-        return per_call(*_together([child], lambda: all_thread_counters(child.pid)))
+        return per_call(*_together([child], lambda: read_tree(child.pid)))
 
 
 Answers = list[dict[str, Any]]

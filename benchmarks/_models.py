@@ -99,6 +99,17 @@ class Temporaries:
         return int(values[0])
 
 
+class Ballast:
+    """A model that is nothing but large: every byte of it is in memory."""
+
+    def __init__(self, mebibytes: int) -> None:
+        numpy = import_module("numpy")
+        self._values = numpy.full(mebibytes * 2**18, 7, dtype=numpy.float32)
+
+    def predict(self) -> int:
+        return int(self._values[0])
+
+
 class Detector:
     """The network that finds text in an image, as rapidocr-onnxruntime brings it."""
 

@@ -24,6 +24,7 @@ _PACKAGES = (
     "torch",
     "onnxruntime",
     "lightgbm",
+    "loky",
 )
 
 

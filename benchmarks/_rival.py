@@ -21,9 +21,8 @@ from typing import Self
 
 import psutil
 
-from asgi_infer.native.procfs import ThreadCounters, all_thread_counters
-
 from ._children import ROOT
+from ._usage import Reading, read_tree, tree
 
 _PATIENCE = 60.0  # seconds for a server to come up, and to go
 _PR_SET_CHILD_SUBREAPER = 36
@@ -119,20 +118,9 @@ class RivalServer:
     ) -> None:
         self._stop()
 
-    def read(self) -> dict[int, ThreadCounters]:
+    def read(self) -> Reading:
         """The counters of every thread of every process of it."""
-        pids = [process.pid for process in self._processes()]
-        return {
-            thread: counters
-            for pid in pids
-            for thread, counters in all_thread_counters(pid).items()
-        }
-
-    def _processes(self) -> list[psutil.Process]:
-        with suppress(psutil.NoSuchProcess):
-            first = psutil.Process(self._process.pid)
-            return [first, *first.children(recursive=True)]
-        return []
+        return read_tree(self._process.pid)
 
     def _wait_until_up(self) -> None:
         end = time.monotonic() + _PATIENCE
@@ -144,7 +132,7 @@ class RivalServer:
 
     def _stop(self) -> None:
         """As Ctrl-C does, and for good after a while."""
-        processes = self._processes()
+        processes = tree(self._process.pid)
         if processes:
             self._process.send_signal(signal.SIGINT)
         _, alive = psutil.wait_procs(processes, timeout=_PATIENCE / 4)

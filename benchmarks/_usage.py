@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
-from asgi_infer.native.procfs import ThreadCounters
+import psutil
+
+from asgi_infer.native.procfs import ThreadCounters, all_thread_counters
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,24 @@ class Usage:
 
 
 Reading = Mapping[int, ThreadCounters]
-"""The counters of every thread of a process, by thread id."""
+"""The counters of every thread of a process, or of several, by thread id."""
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all that it has started; nothing once it has gone."""
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    return []
+
+
+def read_tree(pid: int) -> Reading:
+    """Read a process and all that it has started."""
+    return {
+        thread: counters
+        for process in tree(pid)
+        for thread, counters in all_thread_counters(process.pid).items()
+    }
 
 
 def used_between(before: Reading, after: Reading) -> dict[int, Usage]:

@@ -617,7 +617,7 @@ def test_naps_lose_no_wake_up() -> None:
     scheduler.stop()
     serving.join(LIMIT)
     assert sum(served) == 3000
-    assert not scheduler.slots[0].wake_up.acquire(blocking=False)
+    assert not scheduler.slots[0].wake_up.acquire(timeout=0)
 
 
 def test_no_runner() -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import asgi_infer
+import asgi_infer.workers
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,6 +35,10 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def needs_ray(self) -> bool:
+        return "\nimport ray\n" in self.code or "import RayWorker" in self.code
 
     def run(self) -> dict[str, Any]:
         names: dict[str, Any] = {"__name__": "__main__"}
@@ -52,6 +61,9 @@ def blocks() -> list[Block]:
 @pytest.mark.parametrize("block", blocks(), ids=str)
 def test_every_block_of_python_runs(block: Block) -> None:
     """Each block runs by itself, and prints what stands behind it."""
+    if block.needs_ray:
+        run_with_ray(block)
+        return
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         names = block.run()
@@ -60,6 +72,20 @@ def test_every_block_of_python_runs(block: Block) -> None:
     if "app" in names:
         with TestClient(names["app"]) as client:
             assert client.get("/no-such-page").status_code == 404
+
+
+def run_with_ray(block: Block) -> None:
+    """In a process of its own: a cluster opens and closes things when it likes."""
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    from .workers import ray_cluster  # sets in the environment that it is to listen here only
+
+    command = [sys.executable, "-W", "ignore", "-c", block.code]
+    environment = os.environ | {"PYTHONPATH": str(ray_cluster.ROOT)}
+    printed = subprocess.run(
+        command, env=environment, timeout=55, check=True, capture_output=True, text=True
+    )
+    assert printed.stdout == (block.output or "")
 
 
 def test_the_readme_shows_working_code_within_forty_lines() -> None:
@@ -84,7 +110,10 @@ def test_every_link_inside_the_project_leads_to_a_file(page: Path) -> None:
 
 
 def test_the_reference_names_everything_that_is_public() -> None:
-    """The reference page has a heading or a table row for each public name."""
+    """The reference page has a heading or a table row for each public name, for the figures of
+    the statistics, and for the states of a runner."""
     text = (ROOT / "docs" / "reference.md").read_text()
-    for name in asgi_infer.__all__:
+    figures = [field.name for field in fields(asgi_infer.RunnerStatistics)]
+    states = ["new", "loading", "ready", "broken", "draining", "closed", "failed"]
+    for name in [*asgi_infer.__all__, *asgi_infer.workers.__all__, *figures, *states]:
         assert f"`{name}" in text, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ import pytest
 
 from examples._manual import passages
 from examples.stream.model import LanguageModel, is_word, join, pieces
+
+from .polling import until_true
 
 PATIENCE = 40.0
 """Seconds for what takes one or two where no other program wants the CPU."""
@@ -41,6 +44,7 @@ class Service:
 
     address: str
     curl: str
+    process: int
 
     def client(self) -> httpx2.Client:
         return httpx2.Client(base_url=self.address, timeout=PATIENCE, trust_env=False)
@@ -71,7 +75,7 @@ def listening(process: subprocess.Popen[str]) -> Service:
         if line.startswith("curl "):
             address = re.search(r"^(http://\S+) is ready", printed, re.MULTILINE)
             assert address is not None, printed
-            return Service(address[1], line.strip())
+            return Service(address[1], line.strip(), process.pid)
     pytest.fail(f"the example ended before it listened:\n{printed}")
 
 
@@ -714,6 +718,120 @@ def test_manual_is_prose() -> None:
     assert 500 < len(found) == len({passage.text for passage in found})
     assert all(passage.title and len(passage.text) >= 60 for passage in found)
     assert not any("::=" in passage.text or ">>>" in passage.text for passage in found)
+
+
+# -- crashy --------------------------------------------------------------------------------------
+
+NOBODY = itertools.count(119)
+"""Numbers without an element, each for one crash: what crashes twice is not run again."""
+
+
+@pytest.fixture(scope="module")
+def crashy() -> Iterator[Service]:
+    with serving("crashy") as service:
+        yield service
+
+
+def elements(service: Service, numbers: Iterable[int]) -> list[httpx2.Response]:
+    """What becomes of calls that are made at once."""
+    with service.client() as client, ThreadPoolExecutor(20) as pool:
+        return list(pool.map(lambda number: client.get(f"/elements/{number}"), numbers))
+
+
+def test_crashy_finds_elements(crashy: Service) -> None:
+    """A number has a name, looked up in another process than the server's."""
+    found = [response.json() for response in elements(crashy, (1, 26, 118))]
+    assert [each["name"] for each in found] == ["hydrogen", "iron", "oganesson"]
+    (process,) = {each["process"] for each in found}
+    assert f"{process}" in children_of(crashy.process)
+
+
+def children_of(process: int) -> list[str]:
+    tasks = Path(f"/proc/{process}/task")
+    if not tasks.exists():
+        pytest.skip("needs Linux")
+    return [child for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+
+
+def test_crashy_loses_one_call_of_twenty(crashy: Service) -> None:
+    """The one that crashes. The others are answered, before it or by a process that is started
+    then, and the health endpoint is meanwhile."""
+    numbers = [*range(1, 12), next(NOBODY), *range(12, 20)]
+    over = threading.Event()
+
+    def look() -> list[httpx2.Response]:
+        with crashy.client() as client:
+            return [client.get("/health") for _ in iter(over.is_set, True)]
+
+    with ThreadPoolExecutor(1) as pool:
+        looks = pool.submit(look)
+        try:
+            responses = elements(crashy, numbers)
+        finally:
+            over.set()
+        health = looks.result(PATIENCE)
+    crashed = [each for each in responses if each.status_code != 200]
+    assert [each.status_code for each in crashed] == [500]
+    assert "was killed by SIGSEGV while runner.model.find ran" in crashed[0].json()["detail"]
+    assert re.search(r'model\.py", line \d+ in find', crashed[0].json()["notes"])
+    found = [each.json() for each in responses if each.status_code == 200]
+    assert [each["number"] for each in found] == list(range(1, 20))
+    assert health
+    assert all(each.status_code == 200 and balanced(each.json()["runner"]) for each in health)
+
+
+def test_crashy_learns_what_crashes(crashy: Service) -> None:
+    """A number that has crashed it twice is refused, and crashes nothing."""
+    number = next(NOBODY)
+    with crashy.client() as client:
+        crashes = [client.get(f"/elements/{number}") for _ in range(3)]
+        restarts = client.get("/health").json()["runner"]["restarts"]
+        survivor = client.get("/elements/1")
+        after = client.get("/health").json()["runner"]["restarts"]
+    assert [each.status_code for each in crashes] == [500] * 3
+    assert "is not run again" in crashes[2].json()["detail"]
+    assert (survivor.status_code, after) == (200, restarts)
+
+
+def test_crashy_refuses_what_is_no_number(crashy: Service) -> None:
+    """Bad input gets a 422, and never comes near the model."""
+    with crashy.client() as client:
+        responses = [client.get(f"/elements/{each}") for each in ("gold", -1, 2**53)]
+    assert [each.status_code for each in responses] == [422] * 3
+    assert responses[0].json()["detail"].startswith("path.number: Input should be a valid integer")
+
+
+def test_crashy_prints_a_line_that_works(crashy: Service) -> None:
+    """The printed curl line, run as printed, finds iron."""
+    assert run_as_printed(crashy.curl)["name"] == "iron"
+
+
+def test_crashy_page_needs_nothing_else(crashy: Service) -> None:
+    """The page is one file: it loads nothing from elsewhere."""
+    with crashy.client() as client:
+        page = client.get("/").text
+    assert "<button" in page
+    assert foreign_addresses(page) == []
+
+
+def test_crashy_recovers(crashy: Service) -> None:
+    """After too many crashes it refuses calls at once, and says when to come again; its health
+    endpoint still answers. A while later it is back, with nobody's help."""
+    with crashy.client() as client:
+        # No more than the four that are too many: those of the tests before may count as well.
+        last = [client.get(f"/elements/{next(NOBODY)}").status_code for _ in range(4)][-1]
+        refused = client.get("/elements/1")
+        health = client.get("/health")
+        assert last in {500, 503}
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert (health.status_code, health.json()["status"]) == (200, "broken")
+        until_true(lambda: client.get("/elements/1").status_code != 503, PATIENCE, step=0.05)
+        back = client.get("/elements/1")
+        health = client.get("/health")
+    assert back.json()["name"] == "hydrogen"
+    assert health.json()["status"] == "ready"
+    assert balanced(health.json()["runner"])
 
 
 # -- library -------------------------------------------------------------------------------------

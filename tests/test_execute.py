@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from asgi_infer._batch import BatchCall, BatchFunction
 from asgi_infer._call import CallState, Departure, Work, check_cancelled, here
-from asgi_infer._errors import CallCancelled, CallFailed, DeadlineExceeded
+from asgi_infer._errors import CallCancelled, CallFailed, DeadlineExceeded, WorkerCrashed
 from asgi_infer._execute import run_batch
 from asgi_infer._future import FUTURE_PORT, CallFuture
 from asgi_infer._queue_policy import QueuePolicy
@@ -281,6 +281,23 @@ def test_lazy_results(batches: BatchBench) -> None:
     batches.inside = lazy
     calls = batches.run(1, 2)
     assert [outcome(call) for call in calls] == [(TypeError, "double returned a generator")] * 2
+    assert batches.calls == 1
+
+
+def test_a_crash_in_a_batch(batches: BatchBench) -> None:
+    """It is an error of each item's own, with what the process has left behind: who it was can't
+    be told without crashing again, so that no half is run."""
+    crash = WorkerCrashed("the process was killed by SIGSEGV")
+    crash.add_note("its stack")
+
+    def die(items: list[int]) -> NoReturn:
+        raise crash
+
+    batches.inside = die
+    calls = batches.run(1, 2)
+    assert calls[0].error is not calls[1].error
+    assert [call.error and call.error.__notes__ for call in calls] == [["its stack"]] * 2
+    assert [outcome(call) for call in calls] == [(WorkerCrashed, str(crash))] * 2
     assert batches.calls == 1
 
 

@@ -129,6 +129,7 @@ def test_held_gil(said: Said) -> None:
     assert "predict" in line
     assert "for 0.3 s of 0.31 s" in line
     assert "holds the GIL" in line
+    assert "worker=ProcessWorker()) from asgi_infer.workers" in line
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,7 @@ def test_processes(said: Said, alone: SimpleNamespace) -> None:
     assert line.startswith("2 processes that were started together run a model named 'digits', ")
     assert "with 8 native threads" in line
     assert "NativePolicy(threads=2)" in line
+    assert "worker=SharedWorker()) from asgi_infer.workers" in line
 
 
 def test_processes_within_a_quota(said: Said, alone: SimpleNamespace) -> None:

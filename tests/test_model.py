@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections.abc import Iterator
 from functools import partial, update_wrapper
 from typing import Any, NoReturn
@@ -64,6 +66,13 @@ def test_dunder_names_are_not_the_models() -> None:
     assert not hasattr(reference(), "__len__")
     assert inspect.signature(reference()).parameters.keys() == {"args", "kwargs"}
     assert not inspect.iscoroutinefunction(reference())
+
+
+def test_references_stay_in_their_process() -> None:
+    """A reference can't be pickled or copied: it means nothing without its runner."""
+    for copy_it in (pickle.dumps, copy.copy):
+        with pytest.raises(TypeError, match=r"runner\.model\.predict is a reference"):
+            copy_it(ModelReference(object(), ("predict",)))
 
 
 def test_names_of_the_model_are_free() -> None:

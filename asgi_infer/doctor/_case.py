@@ -75,6 +75,20 @@ class Subject:
             self.runner(**native),
         )
 
+    def isolated(self) -> tuple[str, ...]:
+        """The lines that put the model into a process of its own.
+
+        Without the warm-up, which is a lambda: those can't be sent to other processes.
+        """
+        module, _, name = self.target.model.partition(":")
+        return (
+            "from asgi_infer import InferenceRunner",
+            "from asgi_infer.workers import ProcessWorker",
+            f"from {module} import {name.partition('.')[0]}",
+            "",
+            f"runner = InferenceRunner({self.model}, worker=ProcessWorker())",
+        )
+
     def application(self) -> tuple[str, ...]:
         """The lines that put the model on a runner."""
         arguments = [self.attribute("runner.model"), *filter(None, [self.sample])]

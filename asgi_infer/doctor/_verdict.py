@@ -273,6 +273,7 @@ def _holds_gil(case: Case) -> Iterator[Finding]:
         "the process can run, the event loop's neither. No thread helps against that: run the "
         "model in a process of its own, or ask its makers to release the lock around the "
         "computation.",
+        lines=case.subject.isolated(),
     )
 
 

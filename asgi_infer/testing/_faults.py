@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from .._checks import check_delay
-from .._errors import Draining, NotReady
+from .._errors import Draining, NotReady, WorkerCrashed
 from .._queue import CallQueue
 from .._refusals import Refusal
 from .._scheduler import Scheduler
@@ -22,6 +22,8 @@ class Fault:
     seconds: float = 0.0
     """What each turn takes."""
     error: BaseException | type[BaseException] | None = None
+    crash: bool = False
+    """Whether the process of the model dies, if it has one."""
     gone: bool = False
     """Whether clients hang up."""
     full: bool = False
@@ -34,6 +36,16 @@ class Fault:
         cast("VirtualClock", scheduler.clock).advance(self.seconds)
         for call in scheduler.under_way() if self.gone else ():
             scheduler.disconnect(call)
+
+    def check(self, scheduler: Scheduler) -> None:
+        """Raise what comes instead of the function's result, if anything does."""
+        if self.crash:
+            scheduler.set_down(scheduler.slots[0], down=False)  # it counts as loaded again
+            raise WorkerCrashed(
+                "the process of the model died while it ran this call, since the test says so"
+            )
+        if self.error is not None:
+            raise self.error
 
 
 class Faults:
@@ -61,12 +73,18 @@ class Faults:
         return self._while(full=True)
 
     def failing(self, error: BaseException | type[BaseException]) -> AbstractContextManager[None]:
-        """Functions raise ``error`` instead of being called."""
+        """Functions raise ``error`` instead of being called.
+
+        One that is no ``Exception``, such as ``SystemExit``, reaches callers as ``CallFailed``.
+        """
         return self._while(error=error)
 
     def crashing(self) -> AbstractContextManager[None]:
-        """Functions end with something that is no ``Exception``: calls get ``CallFailed``."""
-        return self._while(error=Crash)
+        """The process of the model dies in each call, and is started again: ``WorkerCrashed``.
+
+        Functions are not called. It is the same whether the runner has a ``ProcessWorker`` or not.
+        """
+        return self._while(crash=True)
 
     def disconnected(self) -> AbstractContextManager[None]:
         """Clients hang up as soon as their calls run: ``ClientDisconnected``.
@@ -100,10 +118,6 @@ class Faults:
         finally:
             for name, value in before.items():
                 setattr(fault, name, value)
-
-
-class Crash(BaseException):
-    """What a function ends with while a runner is ``crashing``."""
 
 
 class FullQueue(CallQueue):

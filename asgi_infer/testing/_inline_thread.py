@@ -197,8 +197,7 @@ class InlineReplica(ThreadReplica):
         self._fault.strike(self._scheduler)
         self._expire()
         try:
-            if self._fault.error is not None:
-                raise self._fault.error
+            self._fault.check(self._scheduler)
             yield
         finally:
             self._expire()

@@ -36,6 +36,14 @@ class Used(NamedTuple):
     seconds: float = 0.0
     """CPU time of the whole process."""
 
+    def after(self, earlier: Used, /) -> Used:
+        """The sum with what had been counted before."""
+        return Used(
+            earlier.ru_nvcsw + self.ru_nvcsw,
+            earlier.ru_minflt + self.ru_minflt,
+            earlier.seconds + self.seconds,
+        )
+
 
 class Steps(Protocol):
     """A generator where the model lives. Used by the inference thread alone."""

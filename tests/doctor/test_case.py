@@ -61,6 +61,15 @@ def test_a_policy() -> None:
     ]
 
 
+@pytest.mark.parametrize("names", LINES, ids=str)
+def test_a_process_of_its_own(names: Subject) -> None:
+    """The lines name the user's model, and nothing that could not be sent to another process."""
+    lines = names.isolated()
+    assert lines[-1] == f"runner = InferenceRunner({names.model}, worker=ProcessWorker())"
+    assert names.imports[0].startswith(lines[2])
+    ast.parse("\n".join(lines))
+
+
 def test_how_long_a_call_takes() -> None:
     """The script knows best; without it, the fastest arm; without any, nothing is known."""
     slow, fast = arm("def", call=0.5), arm("runner", call=0.2)

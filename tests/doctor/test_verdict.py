@@ -343,6 +343,13 @@ def test_a_quota_that_is_too_small(quota: float, enough: bool) -> None:
     assert finding.detail.endswith("already: ask for a larger one.") == enough
 
 
+def test_a_held_gil_is_cured_by_a_process() -> None:
+    """The lines to write put the model into one."""
+    (finding,) = verdict(SCRIPT, arm("runner", health=0.009))
+    assert "process of its own" in finding.detail
+    assert finding.lines == SUBJECT.isolated()
+
+
 @pytest.mark.parametrize("wait", [0.28, 0.8])
 def test_several_clients_and_the_gil(wait: float) -> None:
     """Where calls of several clients hold it, a request may have to wait for several."""

@@ -13,6 +13,8 @@ import pytest
 
 from asgi_infer.native import processes
 
+from ..polling import until_true
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 # A process with two more threads, one of them with a name; it lives until its input ends.
@@ -113,3 +115,48 @@ def test_threads_named(two_children: list[Seen]) -> None:
     assert processes.threads_named("digits of peopl", pid) == 1
     assert processes.threads_named("digits", pid) == 0
     assert processes.threads_named("digits", 0) == 0
+
+
+def test_server_is_the_parent() -> None:
+    """Processes of one server have their parent in common."""
+    script = "from asgi_infer.native import processes; print(processes.server())"
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(output) == os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("program", "command", "parent"),
+    [
+        ("python", "python", True),
+        ("bash", "bash", False),
+        (None, "gunicorn", True),  # another user's
+        (None, "systemd", False),
+    ],
+)
+def test_server(
+    monkeypatch: pytest.MonkeyPatch, program: str | None, command: str, parent: bool
+) -> None:
+    """A shell, or what starts all services, is no part of the server; a master is, also where it
+    runs as another user and so doesn't tell its program."""
+    programs = {os.getpid(): "python", os.getppid(): program}
+    monkeypatch.setattr(processes, "_program", programs.get)
+    monkeypatch.setattr(processes, "_command", {os.getppid(): command}.get)
+    assert processes.server() == (os.getppid() if parent else os.getpid())
+
+
+def test_command_of_a_process() -> None:
+    """The name that everybody may see; that of a process that has ended is empty."""
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        try:
+            until_true(lambda: processes._command(sleeper.pid) == "sleep")  # set within exec
+        finally:
+            sleeper.kill()
+    assert processes._command(2**22 + 1) == ""
+
+
+def test_start_time(two_children: list[Seen]) -> None:
+    """Processes started one after the other, by the machine's clock; one that has ended, none."""
+    mine = processes.start_time(os.getpid())
+    assert 0 < mine <= processes.start_time(two_children[0].pid)
+    assert processes.start_time(2**22 + 1) == 0

@@ -17,6 +17,7 @@ from asgi_infer import (
     InferenceError,
     NotReady,
     QueueFull,
+    WorkerCrashed,
     check_cancelled,
 )
 from asgi_infer.testing import InlineRunner
@@ -37,7 +38,8 @@ FAULTS: dict[str, tuple[FaultOf, type[Exception], str]] = {
     "slow": (lambda runner: runner.slow(3.0), DeadlineExceeded, "expired"),
     "full": (lambda runner: runner.full(), QueueFull, "rejected"),
     "failing": (lambda runner: runner.failing(Broken("so it is")), Broken, "failed"),
-    "crashing": (lambda runner: runner.crashing(), CallFailed, "failed"),
+    "no exception": (lambda runner: runner.failing(SystemExit), CallFailed, "failed"),
+    "crashing": (lambda runner: runner.crashing(), WorkerCrashed, "failed"),
     "disconnected": (lambda runner: runner.disconnected(), ClientDisconnected, "cancelled"),
     "draining": (lambda runner: runner.draining(), Draining, "rejected"),
     "not_ready": (lambda runner: runner.not_ready(), NotReady, "rejected"),
@@ -79,6 +81,17 @@ def test_each_fault_over_http(fault: FaultOf, error: type[Exception], counter: s
     expected = error.status if issubclass(error, InferenceError) else 500
     assert response.status_code == expected
     assert ("retry-after" in response.headers) == (expected == 503)
+
+
+async def test_a_crash_is_counted_as_a_restart() -> None:
+    """As in earnest: the process is started again after each, and the next call runs in it."""
+    runner: Runner = InlineRunner(Model)
+    with runner.crashing():
+        for _ in range(2):
+            with pytest.raises(WorkerCrashed, match="since the test says so"):
+                await runner.run(runner.model.double, 1)
+    assert await runner.run(runner.model.double, 1) == 2
+    assert (runner.statistics().restarts, runner.statistics().state) == (2, "ready")
 
 
 async def test_what_a_full_queue_says() -> None:

@@ -1,0 +1,4 @@
+"""A native function that crashes on some input, and a service that survives it.
+
+``python -m examples.crashy``.
+"""
