@@ -37,7 +37,7 @@ class RunnerStatistics:
     """What the arguments of those hold, if ``max_queue_bytes`` is set."""
     running: int
     """Begun and not ended. More than one are the calls of a batch, and streams that let others
-    run between two items: one function runs at a time."""
+    run between two items: one function runs at a time, on each replica of the model."""
     late: int
     """Calls that ran on after their caller had left. They count as cancelled or expired too."""
     service_time: float

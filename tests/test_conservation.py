@@ -150,6 +150,8 @@ class Use:
             return "failed"
         if type(error) is DeadlineExceeded:
             return "expired"
+        if type(error) is QueueFull:  # it was accepted, and has waited for too much of its time
+            return "rejected"
         assert type(error) in (Draining, ClientDisconnected, NotReady)
         return "cancelled"
 

@@ -1381,12 +1381,14 @@ def test_rest_is_as_long_as_it_says() -> None:
 
 
 class Fickle:
-    """A latch that lets go by itself, every second time at once.
+    """A latch that lets go by itself, each time but one of so many.
 
     :ivar meanwhile: what happens in that moment
+    :ivar let_go: how often it has been asked
     """
 
-    def __init__(self) -> None:
+    def __init__(self, times: int = 2) -> None:
+        self._times = times
         self._lock = threading.Lock()
         self._lock.acquire()
         self.meanwhile: Callable[[], object] = lambda: None
@@ -1394,8 +1396,9 @@ class Fickle:
 
     def acquire(self, *, timeout: float = -1) -> bool:
         self.let_go += 1
-        if self.let_go % 2:
+        if self.let_go % self._times:
             self.meanwhile()
+            self.meanwhile = lambda: None
             return False
         return self._lock.acquire(timeout=timeout)
 
@@ -1418,10 +1421,10 @@ def test_latch_that_lets_go_by_itself(desk: Desk) -> None:
 def test_latch_that_lets_go_as_a_call_comes(desk: Desk) -> None:
     """The call is taken, and its wake-up does not stay behind for the next sleep."""
     slot = desk.scheduler.slots[0]
-    latch = slot.wake_up = Fickle()
+    latch = slot.wake_up = Fickle(times=3)
     latch.meanwhile = desk.admit
     assert desk.take(0).state is CallState.RUNNING
-    assert latch.let_go == 2
+    assert latch.let_go == 3  # asked until it lets go of what was released
     assert not latch._lock.acquire(blocking=False)
 
 

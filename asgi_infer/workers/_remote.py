@@ -490,7 +490,7 @@ class RemoteReplica:
                 return False
             if until is not None and time.monotonic() >= until:
                 return False
-        return False
+        return latch.acquire(0)  # whoever has released it relies on that
 
     def _still_there(self, link: Link) -> bool:
         try:

@@ -482,6 +482,16 @@ def test_interrupt_while_loading() -> None:
     replica.close()
 
 
+def test_interrupt_as_the_thread_falls_asleep(make: Make) -> None:
+    """A latch that was released says so, interrupted or not: whoever sleeps on it, and knows that
+    it has been, would ask for ever. One that was not lets go."""
+    replica = make(echo)
+    replica.wake_up.release()
+    replica.interrupt()
+    assert replica.wake_up.acquire()
+    assert not replica.wake_up.acquire()
+
+
 def test_interrupt_while_closing(make: Make) -> None:
     """A model whose destruction hangs is not waited for."""
     replica = make(echo)
