@@ -275,11 +275,17 @@ def end(kind: type[BaseException]) -> NoReturn:
 # -- held open ---------------------------------------------------------------------------------
 
 
-def notice(gate: RemoteGate, noticed: RemoteEvent) -> str:
-    """Be held open, and ask in the end whether anybody still waits."""
+def notice(gate: RemoteGate, noticed: RemoteEvent, patience: float = 0.0) -> str:
+    """Be held open, and ask in the end whether anybody still waits.
+
+    :param patience: seconds that the news may take, where it has a way to go
+    """
     gate(None)
+    until = time.monotonic() + patience
     try:
         check_cancelled()
+        while time.monotonic() < until:
+            check_cancelled()
     except CallCancelled:
         noticed.set()
         raise
@@ -300,12 +306,7 @@ def ask_until_late(noticed: RemoteEvent) -> str:
 
 def ask_in_batch(gate: RemoteGate, noticed: RemoteEvent, items: list[int]) -> list[int]:
     """Be held open with a batch, and ask in the end."""
-    gate(None)
-    try:
-        check_cancelled()
-    except CallCancelled:
-        noticed.set()
-        raise
+    notice(gate, noticed, LIMIT)
     return items
 
 
@@ -369,12 +370,7 @@ def fail_in_finally() -> Iterator[int]:
 def ask_between(gate: RemoteGate, noticed: RemoteEvent) -> Iterator[int]:
     """Be held open within a step, and ask at its end."""
     yield 1
-    gate(None)
-    try:
-        check_cancelled()
-    except CallCancelled:
-        noticed.set()
-        raise
+    notice(gate, noticed, LIMIT)
     yield 2
 
 
