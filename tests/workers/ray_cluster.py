@@ -35,19 +35,27 @@ def cluster() -> Iterator[None]:
     # Where actors find the package, and what the tests run in them.
     with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):
         ray: Any = import_module("ray")
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100 * 2**20,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-        )
+        with forgetful():
+            ray.init(
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+            )
         try:
             yield
         finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)  # it drops its children's Popen
+            with forgetful():
                 ray.shutdown()
-                gc.collect()
             signal.signal(signal.SIGTERM, at_sigterm)
+
+
+@contextmanager
+def forgetful() -> Iterator[None]:
+    """Ray drops files and processes that it has not closed, of which Python would warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()

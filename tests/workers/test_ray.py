@@ -75,10 +75,20 @@ def no_leaks() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[Any]:
     """The cluster for all tests; what it starts has ended with it."""
-    before = set(psutil.Process().children(recursive=True))
+    before = alive()
     with cluster():
         yield sys.modules["ray"]
-    until_true(lambda: not set(psutil.Process().children(recursive=True)) - before)
+    until_true(lambda: not alive() - before)
+
+
+def alive() -> set[psutil.Process]:
+    """All processes that this one has started, and those that they have, but for dead ones."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process)
+    return found
 
 
 def replica_of(runner: InferenceRunner[Any]) -> Any:

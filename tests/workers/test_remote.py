@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context
 from typing import Any, cast
 
@@ -48,20 +48,24 @@ def die_before_it_begins(message: Message, peer: Peer) -> None:
     raise Death
 
 
+Behaviour = Callable[[Message, Peer], object]
+
+
 class PeerReplica(RemoteReplica):
     """A replica whose processes are peers.
 
     :param behaviours: of one process after the other; the last one is that of all that follow
     """
 
-    def __init__(self, *behaviours: Callable[[Message, Peer], object], **options: Any) -> None:
+    def __init__(self, *behaviours: Behaviour, **options: Any) -> None:
         super().__init__(SPEC, RemoteWorker(**options))
-        self.behaviours = list(behaviours)
+        self.behaviours: Sequence[Behaviour] = behaviours
         self.links: list[PeerLink] = []
         self.losses = 0
 
     def _connect(self) -> PeerLink:
-        behave = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
+        behave, *left = self.behaviours
+        self.behaviours = left or [behave]
         link = PeerLink(Peer(behave), SPEC)
         self.links.append(link)
         link.channel.send(Kind.OPEN)
@@ -86,7 +90,7 @@ def make() -> Iterator[Make]:
     """Makes replicas that are open, and closes them in the end."""
     replicas: list[PeerReplica] = []
 
-    def make_one(*behaviours: Callable[[Message, Peer], object], **options: Any) -> PeerReplica:
+    def make_one(*behaviours: Behaviour, **options: Any) -> PeerReplica:
         replicas.append(PeerReplica(*behaviours, **options))
         return replicas[-1].start()
 
