@@ -1110,9 +1110,9 @@ def test_open_streams_of_all_slots_are_bounded(clock: Clock) -> None:
         desk.scheduler.admit(make_stream_call())
 
 
-def growing(clock: Clock, **options: Any) -> BatchFunction:
+def growing(clock: Clock, max_size: int = 8) -> BatchFunction:
     """Calls come every millisecond, and a batch takes a second: it pays to wait for the next."""
-    function = batch_function(**({"max_delay": 0.5} | options))
+    function = batch_function(max_size=max_size, max_delay=0.5)
     function.cost.fixed, function._gap, function._last = 1.0, 0.001, clock.now
     function._gaps = 1e9  # so many that a few more make no difference
     return function
