@@ -17,7 +17,18 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from ._codec import INLINE, Encoded, Encoder, Layout, Reducer, decode, main_here
+from ._codec import (
+    ASKS_MAIN,
+    HAS_LAYOUT,
+    INLINE,
+    LAYOUT,
+    Encoded,
+    Encoder,
+    Layout,
+    Reducer,
+    decode,
+    main_here,
+)
 from ._protocol import Used
 from ._segments import MOST, Mapped, Segments
 
@@ -139,19 +150,20 @@ class Channel:
         :raises OSError: the other side has gone
         """
         encoded = encoded or _EMPTY
+        flags = encoded.flags
+        if deadline is not None:
+            flags |= _HAS_DEADLINE
+        if used is not None:
+            flags |= _HAS_USED
         descriptor = encoded.descriptor
-        flags = (deadline is not None) * _HAS_DEADLINE + (used is not None) * _HAS_USED
-        flags += encoded.asks_main * _ASKS_MAIN + (descriptor is not None) * _NEW_SEGMENT
-        tail = encoded.inline
-        if encoded.layout is not None:
-            flags += _HAS_LAYOUT
-            tail = _LAYOUT.pack(*encoded.layout) + tail
-        dropped, lost = self._segments.tidy(), self._mapped.lost
+        if descriptor is not None:
+            flags |= _NEW_SEGMENT
+        tail, dropped, lost = encoded.tail, self._segments.tidy(), self._mapped.lost
         if dropped or lost:
             tail = array("I", dropped + lost).tobytes() + tail
-        details = (number, stream, deadline or 0.0, *(used or _NOTHING_USED))
-        head = _HEAD.pack(kind, flags, len(dropped), len(lost), len(tail), *details)
-        self._transmit(head + tail, descriptor)
+        counts = len(dropped), len(lost), len(tail)
+        details = number, stream, deadline or 0.0, *(used or _NOTHING_USED)
+        self._transmit(_HEAD.pack(kind, flags, *counts, *details) + tail, descriptor)
         dropped.clear()
         lost.clear()
         encoded.sent()
@@ -162,8 +174,10 @@ class Channel:
         :raises EOFError: the other side has closed its end, or has died, perhaps half-way
         :raises ValueError: what has come is no message
         """
-        while (message := self._next()) is None:
+        message = self._next() if self._arrived else None
+        while message is None:
             self._read(0)
+            message = self._next()
         return message
 
     def receive_now(self) -> Message | None:
@@ -172,9 +186,11 @@ class Channel:
         :raises EOFError: the other side has closed its end, or has died, perhaps half-way
         :raises ValueError: what has come is no message
         """
+        message = self._next() if self._arrived else None
         try:
-            while (message := self._next()) is None:
+            while message is None:
                 self._read(socket.MSG_DONTWAIT)
+                message = self._next()
         except BlockingIOError:
             return None
         return message
@@ -255,10 +271,10 @@ class Channel:
 
     def _body(self, flags: int, tail: bytes) -> tuple[int, Callable[[], Any]]:
         """How large the body is, and what reads it."""
-        main = self._main if flags & _ASKS_MAIN else None
-        if not flags & _HAS_LAYOUT:
+        main = self._main if flags & ASKS_MAIN else None
+        if not flags & HAS_LAYOUT:
             return len(tail), partial(decode, tail, main) if tail else _nothing
-        layout, inline = Layout(*_LAYOUT.unpack_from(tail)), tail[_LAYOUT.size :]
+        layout, inline = Layout(*LAYOUT.unpack_from(tail)), tail[LAYOUT.size :]
         if flags & _NEW_SEGMENT:
             descriptor = self._descriptors.popleft() if self._descriptors else None
             self._mapped.add(layout.segment, descriptor, layout.size)
@@ -287,10 +303,9 @@ _NOTHING_USED = Used(0, 0, 0.0)
 # kind, flags, numbers of dropped and of lost segments, length of the tail, and what a message
 # tells. The tail: indices of those segments, the layout, the pickle stream.
 _HEAD = struct.Struct("=BBHHxxIqqdqqd")
-_LAYOUT = struct.Struct("=IQIQQ?")  # as the fields of Layout
-_LONGEST = _HEAD.size + 4 * 4 * MOST + _LAYOUT.size + INLINE  # there are not much more than MOST
+_LONGEST = _HEAD.size + 4 * 4 * MOST + LAYOUT.size + INLINE  # there are not much more than MOST
 
-_HAS_DEADLINE, _HAS_USED, _HAS_LAYOUT, _ASKS_MAIN, _NEW_SEGMENT = (1 << bit for bit in range(5))
+_HAS_DEADLINE, _HAS_USED, _NEW_SEGMENT = 4, 8, 16  # beside the flags of a body
 
 _RIGHTS = socket.CMSG_SPACE(4 * 8)
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # not on macOS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import io
 import pickle
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 INLINE = 32 * 1024
 """Bytes that go through the socket at most. More would not fit its buffer, and block."""
+
+ASKS_MAIN, HAS_LAYOUT = 1, 2
+"""Flags of a message that tell what its body is like."""
+
+LAYOUT = struct.Struct("=IQIQQ?")
+"""The fields of ``Layout``."""
 
 _PROTOCOL = 5
 
@@ -47,12 +54,14 @@ class Layout(NamedTuple):
 class Encoded:
     """A body, ready to be sent. One that is never sent frees its segment when it dies.
 
-    :ivar inline: what goes through the socket
+    :ivar inline: of the body, what goes through the socket
     :ivar asks_main: whether the stream names something of the main module
     :ivar layout: of the segment, if there is one
+    :ivar tail: what goes through the socket: the layout, if there is one, and ``inline``
+    :ivar flags: ``ASKS_MAIN`` and ``HAS_LAYOUT``, where that is so
     """
 
-    __slots__ = ("_lease", "_segment", "asks_main", "inline", "layout")
+    __slots__ = ("_lease", "_segment", "asks_main", "flags", "inline", "layout", "tail")
 
     def __init__(
         self,
@@ -62,9 +71,13 @@ class Encoded:
         segment: Segment | None = None,
         lease: Lease | None = None,
     ) -> None:
-        self.inline = inline
+        self.inline = self.tail = inline
         self.asks_main = asks_main
         self.layout = layout
+        self.flags = ASKS_MAIN if asks_main else 0
+        if layout is not None:
+            self.flags |= HAS_LAYOUT
+            self.tail = LAYOUT.pack(*layout) + inline
         self._segment = segment
         self._lease = lease
 
@@ -95,11 +108,15 @@ class Encoder:
 
     def __init__(self, segments: Segments, dispatch: Mapping[type, Reducer]) -> None:
         self._segments = segments
-        self._reducers: dict[type, Callable[[Any, list[Source]], Any]] = {
-            kind: partial(_without_sources, reducer) for kind, reducer in dispatch.items()
-        }
         self._libraries = {"numpy", "torch"}  # imported only if others do
         self._modules = 0  # how many there were when these were looked for
+        # One pickler for all bodies: to make one takes as long as to pickle a small body.
+        self._pieces = _Pieces()
+        self._sources: list[Source] = []
+        take_buffer = partial(_take_buffer, self._sources)
+        self._pickler = pickle.Pickler(self._pieces, _PROTOCOL, buffer_callback=take_buffer)
+        self._reducers = _Reducers(dispatch)
+        self._pickler.dispatch_table = self._reducers
 
     def encode(self, body: object) -> Encoded:
         """Pickle it. Nothing is taken when this raises whatever pickling raises.
@@ -109,24 +126,24 @@ class Encoder:
         """
         if len(sys.modules) != self._modules:
             self._learn()
-        pieces = _Pieces()
-        sources: list[Source] = []
-        # A method of the pickler would make a cycle of it, and keep the arrays alive for long.
-        pickler = _Pickler(pieces, _PROTOCOL, buffer_callback=partial(_take_buffer, sources))
-        pickler.sources = sources
-        pickler.reducers = self._reducers
-        pickler.dump(body)
-        stream = pieces[0]
-        if sources or len(pieces) > 1 or len(stream) > INLINE:
-            return self._share(pieces, sources)
-        return Encoded(stream, _MAIN in stream)
+        pieces, sources = self._pieces, self._sources
+        try:
+            self._pickler.dump(body)
+            stream = pieces[0]
+            if sources or len(pieces) > 1 or len(stream) > INLINE:
+                return self._share(pieces, sources)
+            return Encoded(stream, _MAIN in stream)
+        finally:  # nothing of the body stays alive here
+            self._pickler.clear_memo()
+            pieces.clear()
+            sources.clear()
 
     def _learn(self) -> None:
         """Know the arrays of the libraries that have been imported by now."""
         self._modules = len(sys.modules)
         for library in self._libraries & sys.modules.keys():
             kind, reducer = _arrays().reducer_of(library)
-            self._reducers[kind] = reducer
+            self._reducers[kind] = partial(_reduce, reducer, self._sources)
             self._libraries.remove(library)
 
     def _share(self, pieces: _Pieces, sources: list[Source]) -> Encoded:
@@ -203,13 +220,11 @@ class _Pieces(list[bytes]):
     write = list.append
 
 
-class _Pickler(pickle.Pickler):
-    sources: list[Source]
-    reducers: Mapping[type, Callable[[Any, list[Source]], Any]]
+class _Reducers(dict[type, Reducer]):
+    """What a pickler looks in, which would look in the common table if it had none of its own."""
 
-    def reducer_override(self, obj: Any) -> Any:
-        reducer = self.reducers.get(type(obj))
-        return NotImplemented if reducer is None else reducer(obj, self.sources)
+    def __missing__(self, kind: type) -> Reducer:
+        return copyreg.dispatch_table[kind]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -223,8 +238,9 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _without_sources(reducer: Reducer, obj: Any, _: list[Source]) -> Any:
-    return reducer(obj)
+def _reduce(reducer: Callable[[Any, list[Source]], Any], sources: list[Source], obj: Any) -> Any:
+    reduced = reducer(obj, sources)
+    return obj.__reduce_ex__(_PROTOCOL) if reduced is NotImplemented else reduced
 
 
 def _take_buffer(sources: list[Source], buffer: pickle.PickleBuffer) -> bool:
