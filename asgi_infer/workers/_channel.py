@@ -243,17 +243,14 @@ class Channel:
             self._inbox[: self._arrived] = self._inbox[end : end + self._arrived]
         if dropped or lost:
             tail = self._take_notes(tail, dropped, lost)
-        return self._message(_KINDS[kind], flags, details, tail)
-
-    def _message(self, kind: Kind, flags: int, details: list[Any], tail: bytes) -> Message:
-        number, stream, deadline, *used = details
+        number, stream, deadline, switches, faults, seconds = details
         size, read = self._body(flags, tail)
         return Message(
-            kind,
+            _KINDS[kind],
             number,
             stream,
             deadline if flags & _HAS_DEADLINE else None,
-            Used(*used) if flags & _HAS_USED else None,
+            Used(switches, faults, seconds) if flags & _HAS_USED else None,
             size,
             read,
         )

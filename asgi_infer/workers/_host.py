@@ -127,22 +127,20 @@ def refer(path: tuple[str, ...]) -> ModelReference:
 
 def used() -> Used:
     """What this thread has used so far, and its process, in the name of those it serves now."""
-    return _less(_used_in_all(), _host.elsewhere)
+    return _used_beside(_host.elsewhere)
 
 
 def count_from(so_far: Used) -> None:
     """What is used from now on adds to ``so_far``."""
-    _host.elsewhere = _less(_used_in_all(), so_far)
+    _host.elsewhere = _used_beside(so_far)
 
 
-def _used_in_all() -> Used:
-    counted = thread_usage()
-    return Used(counted.ru_nvcsw, counted.ru_minflt, time.process_time())
-
-
-def _less(used: Used, other: Used) -> Used:
+def _used_beside(other: Used) -> Used:
     switches, faults, seconds = other
-    return Used(used.ru_nvcsw - switches, used.ru_minflt - faults, used.seconds - seconds)
+    counted = thread_usage()
+    return Used(
+        counted.ru_nvcsw - switches, counted.ru_minflt - faults, time.process_time() - seconds
+    )
 
 
 # -- requests ----------------------------------------------------------------------------------
