@@ -45,7 +45,7 @@ class Model:
 async def measure(count: int, calls: int) -> None:
     """Measure in this process and tell the parent."""
     array = np.ones(2**18, dtype=np.float32)
-    actor = ray.remote(Model).remote()
+    actor: Any = ray.remote(Model).remote()
     async with InferenceRunner(Model, worker=RayWorker()) as runner:
         model = runner.model
         arms: dict[str, dict[str, Once]] = {

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _ROOT = Path("/")
@@ -119,6 +120,24 @@ def budget(cpus: frozenset[int] = IMPORT_AFFINITY, root: Path = _ROOT) -> CpuBud
 # -- threads -----------------------------------------------------------------------------------
 
 
+def split(cpus: frozenset[int], parts: int, root: Path = _ROOT) -> list[frozenset[int]]:
+    """``cpus`` for each of several models: whole cores, and neighbours together.
+
+    No two parts share a CPU, unless there are more parts than CPUs; nor a core, unless there are
+    more parts than cores.
+
+    :param root: where ``sys`` is found
+    """
+    cores: dict[str, set[int]] = {}
+    for each in sorted(cpus):
+        cores.setdefault(_siblings(each, root), set()).add(each)
+    units = list(cores.values()) if len(cores) >= parts else [{each} for each in sorted(cpus)]
+    if len(units) < parts:
+        return [frozenset(units[number % len(units)]) for number in range(parts)]
+    bounds = [number * len(units) // parts for number in range(parts + 1)]
+    return [frozenset[int]().union(*units[low:high]) for low, high in pairwise(bounds)]
+
+
 def _threads(cpus: frozenset[int], quota: float | None) -> int:
     return max(1, len(cpus) if quota is None else min(len(cpus), math.floor(quota)))
 
@@ -146,8 +165,13 @@ def _counted(count: int, noun: str) -> str:
 
 def _core_count(cpus: frozenset[int], root: Path) -> int:
     """How many cores ``cpus`` are on. A CPU that says nothing of its siblings has none."""
-    topologies = {cpu: root / f"sys/devices/system/cpu/cpu{cpu}/topology" for cpu in cpus}
-    return len({_read(path / "thread_siblings_list") or str(c) for c, path in topologies.items()})
+    return len({_siblings(cpu, root) for cpu in cpus})
+
+
+def _siblings(cpu: int, root: Path) -> str:
+    """What names the core that ``cpu`` is on; itself if the system does not tell."""
+    path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+    return _read(path) or str(cpu)
 
 
 def _is_hybrid(cpus: frozenset[int], root: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -128,12 +128,10 @@ class ProcessLink:
 def share(native: NativePolicy, number: int, replicas: int) -> NativePolicy:
     """The part of the CPUs and of the threads that one of several replicas gets.
 
-    The CPUs are dealt out like cards, so that each has as many as the next, and no two share one
-    unless there are more replicas than CPUs.
+    Without a number of threads that is given, all together have no more than one would have.
     """
     if replicas == 1:
         return native
-    cpus = sorted(native.cpus or cpu.IMPORT_AFFINITY)
-    mine: Collection[int] = cpus[number::replicas] or [cpus[number % len(cpus)]]
+    cpus = frozenset(native.cpus or cpu.IMPORT_AFFINITY)
     threads = native.threads or max(1, native.thread_count // replicas)
-    return replace(native, cpus=frozenset(mine), threads=threads)
+    return replace(native, cpus=cpu.split(cpus, replicas)[number], threads=threads)

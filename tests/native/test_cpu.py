@@ -16,6 +16,7 @@ from asgi_infer.native.cpu import (
     budget,
     cgroup_quota,
     recommended_threads,
+    split,
     throttling,
 )
 
@@ -262,6 +263,28 @@ def test_smt(tree: Tree) -> None:
     two = budget(frozenset({0, 1}), tree.root)
     assert (two.cores, two.smt, two.threads) == (2, False, 2)
     assert two.reason == "2 CPUs may be used"
+
+
+def test_split_of_cores(tree: Tree) -> None:
+    """Each part has whole cores, which are neighbours, whatever the CPUs' numbers."""
+    for number in range(8):
+        tree.siblings(number, f"{number % 4},{number % 4 + 4}\n")
+    parts = split(frozenset(range(8)), 2, tree.root)
+    assert parts == [{0, 4, 1, 5}, {2, 6, 3, 7}]
+    assert split(frozenset({0, 1, 2, 4}), 2, tree.root) == [{0, 4}, {1, 2}]
+
+
+def test_split_finer_than_cores(tree: Tree) -> None:
+    """With more parts than cores no two share a CPU; with more than CPUs, some have to."""
+    for number in range(4):
+        tree.siblings(number, f"{number % 2},{number % 2 + 2}\n")
+    assert split(frozenset(range(4)), 3, tree.root) == [{0}, {1}, {2, 3}]
+    assert split(frozenset({0, 3}), 3, tree.root) == [{0}, {3}, {0}]
+
+
+def test_split_of_one() -> None:
+    """One part is all of it."""
+    assert split(frozenset({1, 2}), 1) == [{1, 2}]
 
 
 def test_unknown_topology(tree: Tree) -> None:

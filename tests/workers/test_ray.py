@@ -301,7 +301,7 @@ async def test_cancelled(runner: InferenceRunner[Model], make: Makers) -> None:
     gate, noticed = make.gate(), make.event()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(runner.run, functions.ask_until_late, noticed)
-        tasks.start_soon(runner.run, functions.notice, gate, noticed)
+        tasks.start_soon(runner.run, partial(functions.notice, gate, noticed))
         await gate.entered.set_async()
         await until(lambda: runner.statistics().running == 2)
         tasks.cancel_scope.cancel()
