@@ -35,6 +35,8 @@ from asgi_infer._call import Call, current_caller
 from .gates import LIMIT
 from .polling import until_true
 
+pytestmark = pytest.mark.unmeasured
+
 REFUSALS = (QueueFull, Draining, DeadlineExceeded)
 
 

@@ -27,6 +27,8 @@ import pytest
 from examples._manual import passages
 from examples.stream.model import LanguageModel, is_word, join, pieces
 
+pytestmark = pytest.mark.unmeasured
+
 PATIENCE = 40.0
 """Seconds for what takes one or two where no other program wants the CPU."""
 
