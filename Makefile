@@ -29,6 +29,8 @@ types: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/pyright
 
+# Tests start many programs: each would compile the package anew where bytecode is not kept.
+unit: export PYTHONDONTWRITEBYTECODE =
 unit: $(DEV_STAMP)
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m "not soak"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import sys
 import threading
 import time
@@ -16,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
+import asgi_infer
 from asgi_infer import _runner
 from asgi_infer._statistics import Counters
 from asgi_infer.native import procfs
@@ -43,6 +46,57 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The documentation's code comes last: it loads scikit-learn and SciPy into this process, and
     then every start of a runner has twice as many mapped files to look through."""
     items.sort(key=lambda item: item.path.name == "test_docs.py")
+
+
+# -- coverage ----------------------------------------------------------------------------------
+#
+# Coverage's tracer doubles what Python takes, the tests' and other packages' code included. So it
+# is off where other tests measure the same lines: the share that is required tells if they don't.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What the package's modules run on import is measured here, and collecting isn't."""
+    if _tracer() is not None:
+        pytest.register_assert_rewrite("asgi_infer.testing.fixtures")  # as pytest does by itself
+        for module in pkgutil.walk_packages(asgi_infer.__path__, "asgi_infer."):
+            importlib.import_module(module.name)
+    with unmeasured():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """On uvloop nothing runs that doesn't run on asyncio's own loop."""
+    if item.get_closest_marker("unmeasured") or "asyncio+uvloop" in item.nodeid:
+        with unmeasured():
+            return (yield)
+    return (yield)
+
+
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Without coverage's tracer, on this thread and on those that are started."""
+    tracer, of_threads = _tracer(), threading.gettrace()
+    if tracer is None:
+        yield
+        return
+    sys.settrace(None)
+    threading.settrace(None)
+    try:
+        yield
+    finally:
+        threading.settrace(of_threads)
+        sys.settrace(tracer)
+
+
+def _tracer() -> Any:
+    """Coverage's, and no debugger's. With Python 3.14 coverage needs none."""
+    tracer = sys.gettrace()
+    return tracer if type(tracer).__module__.startswith("coverage") else None
+
+
+# -- loops -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=BACKENDS.values(), ids=list(BACKENDS))

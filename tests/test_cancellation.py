@@ -422,6 +422,7 @@ def test_cancelled_in_the_tick_of_completion(runner: InferenceRunner[None], gate
     assert (now.completed, now.cancelled, now.late) == (2, 0, 0)
 
 
+@pytest.mark.unmeasured
 def test_many_cancellations_at_any_time(runner: InferenceRunner[None]) -> None:
     """However threads are switched, each of many cancelled calls has exactly one outcome."""
 

@@ -611,6 +611,7 @@ class AnyOrder:
 STEPS = st.lists(st.sampled_from(["receive", "call", "both", "cancel", "feed"]), max_size=25)
 
 
+@pytest.mark.unmeasured
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(steps=STEPS, backend=st.sampled_from(["asyncio", "trio"]))
 def test_any_order_of_reading_and_calling(steps: list[str], backend: str) -> None:

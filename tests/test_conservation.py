@@ -36,6 +36,8 @@ from .gates import LIMIT
 from .polling import until_true
 from .replicas import Replicas, crash
 
+pytestmark = pytest.mark.unmeasured
+
 REFUSALS = (QueueFull, Draining, DeadlineExceeded, NotReady)
 
 

@@ -30,6 +30,8 @@ from examples.stream.model import LanguageModel, is_word, join, pieces
 
 from .polling import until_true
 
+pytestmark = pytest.mark.unmeasured
+
 PATIENCE = 40.0
 """Seconds for what takes one or two where no other program wants the CPU."""
 

@@ -21,6 +21,7 @@ from types import ModuleType
 import pytest
 
 import asgi_infer
+from asgi_infer import workers
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "asgi_infer"
@@ -243,6 +244,12 @@ def test_without_fastapi() -> None:
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, check=True, timeout=30, capture_output=True, text=True)
     assert "pip install 'asgi-infer[fastapi]'" in result.stdout
+
+
+def test_a_worker_that_there_is_none() -> None:
+    """Workers are loaded when they are asked for; what is none is said to be none."""
+    with pytest.raises(AttributeError, match=r"^module 'asgi_infer\.workers' .* 'NoWorker'$"):
+        _ = workers.NoWorker
 
 
 # -- the wheel ---------------------------------------------------------------------------------

@@ -321,7 +321,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.full == (len(self.expected) >= SIZE)
 
 
-TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine = pytest.mark.unmeasured(QueueMachine.TestCase)
 
 
 def test_ageing_of_any_size() -> None:

@@ -495,6 +495,7 @@ def test_submitted_calls_have_the_runner_s_timeout(gate: Gate) -> None:
 # -- the queue ---------------------------------------------------------------------------------
 
 
+@pytest.mark.unmeasured
 def test_ten_thousand_calls_and_room_for_sixty_four(gate: Gate) -> None:
     """What doesn't fit is refused at once, in exact numbers; what was accepted runs."""
     with InferenceRunner[None](max_queue=64) as runner:
@@ -647,6 +648,7 @@ def test_nothing_submitted_is_kept_alive(runner: InferenceRunner[None]) -> None:
         gc.enable()
 
 
+@pytest.mark.unmeasured
 def test_large_results_do_not_pile_up(runner: InferenceRunner[None]) -> None:
     """A thousand results of ten megabytes leave the process no larger than ten of them."""
 
@@ -672,6 +674,7 @@ def test_many_loops_one_after_another(runner: InferenceRunner[None]) -> None:
     assert runner.statistics().completed == 20
 
 
+@pytest.mark.unmeasured
 def test_two_loops_and_a_thread_at_once(runner: InferenceRunner[None]) -> None:
     """Every result reaches its own loop: two of asyncio, one of trio, and synchronous callers."""
     results: dict[str, list[int]] = {}
@@ -1208,6 +1211,7 @@ async def test_extreme_grace(grace: float) -> None:
     assert runner.statistics().state == "closed"
 
 
+@pytest.mark.unmeasured
 def test_two_hundred_starts_and_stops() -> None:
     """Starting and stopping leaves threads, descriptors and memory as they were."""
     process = psutil.Process()

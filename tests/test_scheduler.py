@@ -1783,5 +1783,5 @@ class SchedulerMachine(RuleBasedStateMachine):
         check_law(self.scheduler, counters)
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine = pytest.mark.unmeasured(SchedulerMachine.TestCase)
 TestSchedulerMachine.settings = hypothesis.settings(max_examples=30)

@@ -23,7 +23,10 @@ from websockets.sync.client import ClientConnection, connect
 
 from .polling import until_true
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors")
+pytestmark = [
+    pytest.mark.unmeasured,
+    pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors"),
+]
 
 ROOT = Path(__file__).parent.parent
 

@@ -111,6 +111,7 @@ async def test_falsy_items(runner: InferenceRunner[None]) -> None:
         assert [item async for item in stream] == all_items
 
 
+@pytest.mark.unmeasured
 @on_every_loop
 @both_kinds
 async def test_many_small_items(runner: InferenceRunner[None], interleave: bool) -> None:

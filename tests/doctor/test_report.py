@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -17,13 +18,13 @@ from asgi_infer.doctor._results import Diagnosis
 from . import diagnoses
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-BUILDERS: list[Callable[[], Diagnosis]] = [
-    diagnoses.throttled,
+BUILDERS: list[Any] = [
+    pytest.param(diagnoses.throttled, marks=pytest.mark.unmeasured),
     diagnoses.noisy,
     diagnoses.one_arm,
     diagnoses.no_calls,
-    diagnoses.many_threads,
-    diagnoses.hostile,
+    pytest.param(diagnoses.many_threads, marks=pytest.mark.unmeasured),
+    pytest.param(diagnoses.hostile, marks=pytest.mark.unmeasured),
     diagnoses.uncounted,
 ]
 

@@ -24,6 +24,8 @@ from asgi_infer.testing import (
 )
 from asgi_infer.testing._simulation import World
 
+pytestmark = pytest.mark.unmeasured
+
 OVERLOADS: list[Overload] = ["shed", "newest", "wait"]
 
 
