@@ -9,7 +9,14 @@ import random
 from collections.abc import Callable
 
 from ._call import Call, CallState
-from ._errors import ClientDisconnected, DeadlineExceeded, Draining, InferenceError, QueueFull
+from ._errors import (
+    ClientDisconnected,
+    DeadlineExceeded,
+    Draining,
+    InferenceError,
+    NotReady,
+    QueueFull,
+)
 
 ErrorOf = Callable[[Call], InferenceError]
 """Makes the error for one call."""
@@ -38,14 +45,22 @@ def stopped(call: Call) -> Draining:
     return Draining(message, retry_after=retry_after(0.0))
 
 
-def deadline_exceeded(call: Call, now: float) -> DeadlineExceeded:
-    """The call's time was up at ``now``."""
+def deadline_exceeded(call: Call, now: float, *, loading: bool = False) -> DeadlineExceeded:
+    """The call's time was up at ``now``.
+
+    :param loading: nothing could run, since no model was loaded
+    """
     if call.state is CallState.QUEUED:
-        return DeadlineExceeded(
-            f"the call's time was up after {now - call.arrived:.3g} s of waiting; it never ran",
+        why = ", for the model to be loaded again" if loading else ""
+        error = DeadlineExceeded(
+            f"the call's time was up after {now - call.arrived:.3g} s of waiting{why}; it never "
+            f"ran",
             started=False,
             retry_after=retry_after(now - call.arrived),
         )
+        if loading:
+            error.detail = NotReady.public
+        return error
     return DeadlineExceeded(
         f"the call's time was up after {now - call.started:.3g} s of running; {call.fate}",
         started=True,

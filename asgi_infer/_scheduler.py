@@ -690,7 +690,8 @@ class Scheduler:
         return [call for slot in self.slots for call in slot.begun()]
 
     def _deadline_exceeded(self, call: Call) -> InferenceError:
-        return _refusals.deadline_exceeded(call, self.clock())
+        loading = all(slot.down for slot in self.slots)
+        return _refusals.deadline_exceeded(call, self.clock(), loading=loading)
 
     def _notify_if_idle(self) -> None:
         if self._stopped and not self._queue:

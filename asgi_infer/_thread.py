@@ -29,6 +29,7 @@ from ._call import Call, Port, here
 from ._errors import Draining, NotReady, describe
 from ._execute import as_error, run_batch, run_call, step_stream
 from ._refusals import retry_after, stopped
+from ._restarts import Restarts
 from ._scheduler import Scheduler
 from ._slot import Slot
 from ._statistics import Usage
@@ -67,10 +68,11 @@ class InferenceThread:
         self._stopping = False  # only ever set; by whoever stops the thread
         self._usage = usage
         self._home = home
-        self._lock = threading.Lock()  # guards these three:
+        self._lock = threading.Lock()  # guards these four:
         self._failed = False  # one of the replicas did not load
         self._loading = len(self._replicas)
         self._alive = len(self._replicas)
+        self._opening: list[Replica] = []  # those that load their models now
         self._threads = [
             threading.Thread(target=self._main, args=each, name=spec.name, daemon=True)
             for each in zip(scheduler.slots, self._replicas, strict=True)
@@ -136,6 +138,11 @@ class InferenceThread:
             )
         )
         self.scheduler.stop()
+        # Nobody waits for a model that loads: it would only be destroyed again.
+        with self._lock:
+            opening = [] if self.scheduler.queued else [*self._opening]
+        for replica in opening:
+            replica.interrupt()
 
     def stop_now(self) -> None:
         """Send every caller away, and end with the call that runs, sooner if it can be ended."""
@@ -207,7 +214,7 @@ class InferenceThread:
             self._previous = None
         slot.wake_up, slot.notice = replica.wake_up, replica.notice
         try:
-            replica.open(partial(self.scheduler.set_down, slot, down=True))
+            self._open_replica(slot, replica)
         except BaseException as exception:
             self._fail(as_error(exception, (self._spec.load, ())))
             return False
@@ -239,31 +246,58 @@ class InferenceThread:
         """Open the replica again, which was lost; False if it is time to stop before that."""
         while (call := self.scheduler.take_suspended(slot)) is not None:
             step_stream(replica, self.scheduler, call)  # fails: its generator is gone
+        began = time.monotonic()
         while replica.lost:
             delay = replica.restarts.note()
             if replica.restarts.broken:
-                self._break(slot, delay)
+                self._break(slot, delay, replica.restarts)
             if not self.scheduler.rest(slot, delay):
                 return False
-            try:
-                replica.open(partial(self.scheduler.set_down, slot, down=True))
-            except BaseException as error:  # whatever it is, it is tried again
-                traceback.clear_frames(error.__traceback__)
-                logger.warning(
-                    "the model of %r did not load again: %s", self._spec.name, describe(error)
-                )
-        self._recover(slot, replica)
-        return True
-
-    def _recover(self, slot: Slot, replica: Replica) -> None:
+            self._load_again(slot, replica)
         replica.restarts.recovered()
         self.scheduler.set_down(slot, down=False)
-        logger.warning("the model of %r was lost, and has been loaded again", self._spec.name)
+        seconds = time.monotonic() - began
+        logger.warning("the model of %r is there again, after %.3g s", self._spec.name, seconds)
+        return True
 
-    def _break(self, slot: Slot, seconds: float) -> None:
+    def _load_again(self, slot: Slot, replica: Replica) -> None:
+        name, restarts = self._spec.name, replica.restarts
+        logger.warning(
+            "the model of %r is loaded again (crash %d within %g s); %d calls wait",
+            name,
+            restarts.crashes,
+            restarts.policy.within,
+            self.scheduler.queued,
+        )
+        try:
+            self._open_replica(slot, replica)
+        except BaseException as error:  # whatever it is, it is tried again
+            traceback.clear_frames(error.__traceback__)
+            logger.warning("the model of %r did not load again: %s", name, describe(error))
+
+    def _open_replica(self, slot: Slot, replica: Replica) -> None:
+        with self._lock:
+            self._opening.append(replica)
+        try:
+            if self._stopping and not self.scheduler.queued:
+                replica.interrupt()
+            replica.open(partial(self.scheduler.set_down, slot, down=True))
+        finally:
+            with self._lock:
+                self._opening.remove(replica)
+
+    def _break(self, slot: Slot, seconds: float, restarts: Restarts) -> None:
         """``slot`` takes no calls for ``seconds``. If it was the last that did, nobody does."""
         name, until = self._spec.name, self.scheduler.clock() + seconds
-        logger.error("the model of %r crashes again and again: next try in %g s", name, seconds)
+        logger.error(
+            "the model of %r has crashed %d times within %g s (max_restarts=%d): next try "
+            "in %g s, and a 503 for all calls until then, if it has no other replica",
+            name,
+            restarts.crashes,
+            restarts.policy.within,
+            restarts.policy.max_restarts,
+            seconds,
+        )
 
         def refusal(_: object) -> NotReady:
             left = max(0.0, until - self.scheduler.clock())

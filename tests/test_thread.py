@@ -797,8 +797,40 @@ def test_lost_while_idle(make_crew: MakeCrew, caplog: pytest.LogCaptureFixture) 
         gate.release.set()
     for future in futures:
         future.result(LIMIT)
-    assert "the model of 'bench' was lost, and has been loaded again" in caplog.text
+    assert "the model of 'bench' is there again, after" in caplog.text
     assert crew.thread.state == "ready"
+
+
+def test_too_late_while_it_loads(make_crew: MakeCrew) -> None:
+    """Who waits in vain for a model that is loaded again is told what for; and the log tells when
+    that begins, and for how many."""
+    crew, gate = make_crew(1), Gate()
+    crew.start()
+    crew.replicas.opening = lambda number: gate(None)
+    crew.replicas.made[0].die()
+    gate.wait_entered()
+    late = crew.submit(abs, -1, deadline=time.monotonic() + 0.02)
+    with pytest.raises(DeadlineExceeded, match="for the model to be loaded again") as caught:
+        late.result(LIMIT)
+    assert caught.value.detail == NotReady.public
+    gate.release.set()
+    assert crew.submit(abs, -1).result(LIMIT) == 1
+
+
+def test_stop_while_it_loads(make_crew: MakeCrew) -> None:
+    """When the runner stops, a model for which nobody waits is not loaded to the end."""
+    crew, loading = make_crew(1), threading.Event()
+
+    def load(number: int) -> None:
+        loading.set()
+        assert crew.replicas.made[number].interrupted.wait(LIMIT)
+
+    crew.start()
+    crew.replicas.opening = load
+    crew.replicas.made[0].die()
+    assert loading.wait(LIMIT)
+    crew.thread.stop_soon()
+    assert crew.thread.join(LIMIT)
 
 
 def test_lost_again_and_again(make_crew: MakeCrew) -> None:
@@ -940,7 +972,7 @@ def test_one_is_broken(make_crew: MakeCrew, caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.ERROR, "asgi_infer"):
         assert isinstance(crew.submit(crash).exception(LIMIT), WorkerCrashed)
         until_true(lambda: any(slot.broken for slot in crew.scheduler.slots))
-    assert "the model of 'bench' crashes again and again: next try in 40 s" in caplog.text
+    assert "next try in 40 s, and a 503 for all calls until then" in caplog.text
     (other,) = (slot.number for slot in crew.scheduler.slots if not slot.broken)
     assert [crew.submit(number_of_slot).result(LIMIT) for _ in range(3)] == [other] * 3
     assert crew.thread.state == "ready"

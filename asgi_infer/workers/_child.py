@@ -287,7 +287,7 @@ def describe(code: int, *, killed: bool) -> str:
     if code == _OWN and killed:
         return "was killed by its worker"
     if code == _OWN:
-        return "was killed by SIGKILL, as the kernel does when memory runs out"
+        return "was killed by SIGKILL (by somebody, or by the kernel when memory ran out)"
     return f"was killed by {signal_name(-code)}"
 
 

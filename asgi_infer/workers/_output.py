@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
 from collections import deque
 from io import FileIO
 
@@ -21,6 +22,7 @@ _WIDTH = 500  # characters of a line
 
 _FATAL = "Fatal Python error: "
 _CULPRIT = "Current thread 0x"
+_OURS = f"asgi_infer{os.sep}workers{os.sep}"
 _OTHER = ("Thread 0x", "Extension modules: ")
 
 
@@ -50,6 +52,8 @@ class LastWords:
         elif self._reason and line.startswith(_CULPRIT):
             self._culprit = True
             self._lines.clear()
+        elif self._culprit and len(self._lines) > 1 and _OURS in line:
+            return  # what has called the model's code is no news
         # Of a stack the innermost frames come first, and are what matters.
         if not self._culprit or len(self._lines) < _WORDS - 1:
             self._lines.append(line[:_WIDTH])

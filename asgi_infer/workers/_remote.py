@@ -377,8 +377,8 @@ class RemoteReplica:
 
     def _overran(self, link: Link, name: str) -> DeadlineExceeded:
         error = DeadlineExceeded(
-            f"{name} ran for longer than hard_timeout ({self._worker.hard_timeout:g} s): its "
-            f"process was killed, and the model is loaded again",
+            f"{name} ran for longer than hard_timeout ({self._worker.hard_timeout:g} s), and its "
+            f"process was killed",
             started=True,
         )
         # Before its stacks. Who has called may have left long ago: nobody else would know why.
@@ -538,10 +538,13 @@ class RemoteReplica:
 
     def _refuse_poison(self, work: Work, encoded: Encoded) -> None:
         if self._poison.known and encoded.digest() in self._poison:
-            raise WorkerCrashed(
+            error = WorkerCrashed(
                 f"{name_of(work[0])} with these arguments has crashed the process of the model "
                 f"{self._spec.name!r} {_CRASHES} times, and is not run again"
             )
+            if self._poison.is_news(encoded.digest()):
+                logger.warning("%s until the runner is stopped", error)
+            raise error
 
 
 class Poison:
@@ -560,6 +563,12 @@ class Poison:
         while len(self._crashes) > _REMEMBERED:
             self._crashes.popitem(last=False)
         self.known |= count >= _CRASHES
+
+    def is_news(self, digest: bytes) -> bool:
+        """Whether that nobody has been told that it is not run again; from now on somebody has."""
+        news = self._crashes[digest] == _CRASHES
+        self._crashes[digest] += 1
+        return news
 
     def __contains__(self, digest: bytes) -> bool:
         """Whether it is not to be run again."""
@@ -640,7 +649,17 @@ def encode_spec(channel: Channel, spec: ModelSpec) -> Encoded:
         raise
     except Exception as error:
         raise TypeError(
-            f"load, warmup or NativePolicy.contexts of {spec.name!r} can't be sent to the process "
-            f"of the model: {describe(error)}. They are to be importable (a class, a method or a "
-            f"function of a module, no lambda); functools.partial adds arguments"
+            f"{_guilty(channel, spec)} of {spec.name!r} can't be sent to the process of the "
+            f"model: {describe(error)}. It is to be importable (a class, a method or a function "
+            f"of a module, no lambda); functools.partial adds arguments"
         ) from error
+
+
+def _guilty(channel: Channel, spec: ModelSpec) -> str:
+    """Which part of ``spec`` does not pickle."""
+    for name, part in (("load", spec.load), ("warmup", spec.warmup)):
+        try:
+            channel.encode(part)
+        except Exception:
+            return f"{name}={name_of(part)}"
+    return "NativePolicy.contexts"

@@ -345,7 +345,7 @@ async def test_killed_while_it_ran(make: Makers, caplog: pytest.LogCaptureFixtur
     assert sum(isinstance(outcome, WorkerCrashed) for outcome in outcomes) == 1
     (crash,) = [outcome for outcome in outcomes if isinstance(outcome, WorkerCrashed)]
     assert "has died (its worker process has died" in str(crash)
-    assert "was lost, and has been loaded again" in caplog.text
+    assert "is there again, after" in caplog.text
 
 
 async def test_killed_while_idle(
