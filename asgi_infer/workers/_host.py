@@ -152,6 +152,8 @@ def serve(channel_fd: int, page_fd: int) -> None:
     Returns when the runner's side says so, or has gone.
     """
     channel = Channel(socket.socket(fileno=channel_fd), main=main_there)
+    # A process that the model forks must not take requests, or reply to them.
+    os.register_at_fork(after_in_child=channel.close)
     page = ControlPage(page_fd)
     os.close(page_fd)
     try:
