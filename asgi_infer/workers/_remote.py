@@ -30,7 +30,7 @@ from ._channel import Channel, Kind, Message
 from ._codec import Encoded
 from ._errors_across import unpack_error
 from ._host import refer
-from ._latch import Latch
+from ._latch import LONGEST, Latch
 from ._page import ControlPage
 from ._protocol import ModelSpec, Steps, Used
 from .thread import leak
@@ -491,7 +491,7 @@ class RemoteReplica:
             self._watched, self._poll = watched, select.poll()
             for fd in watched:
                 self._poll.register(fd, select.POLLIN)
-        return bool(self._poll.poll(None if seconds is None else seconds * 1000))
+        return bool(self._poll.poll(None if seconds is None else min(seconds * 1000, LONGEST)))
 
     def idle(self, latch: Latch, timeout: float) -> bool:
         """Sleep until the latch is released, and see to what else comes. See ``RemoteLatch``."""

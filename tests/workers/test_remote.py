@@ -476,6 +476,11 @@ def test_hard_timeout(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     assert replica.call(len, 1) == (1,)
 
 
+def test_a_long_time(make: Make) -> None:
+    """A limit may be longer than the system can wait at once."""
+    assert make(echo, hard_timeout=1e9, startup_timeout=1e9).call(len, 1) == (1,)
+
+
 def test_hard_timeout_of_one_that_writes_without_end(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
