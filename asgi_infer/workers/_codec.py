@@ -88,9 +88,18 @@ class Encoded:
 
     def digest(self) -> bytes:
         """What tells this body from others, with all that is in it."""
-        digest = hashlib.blake2b(self.inline)
-        if self._lease is not None:
-            digest.update(memoryview(self._lease.memory.map)[HEADER : self._lease.end])
+        layout, stream = self.layout, memoryview(self.inline)
+        if layout is None or self._lease is None:
+            return hashlib.blake2b(stream).digest()
+        memory = memoryview(self._lease.memory.map)
+        if layout.length:
+            stream = memory[layout.end - layout.length : layout.end]
+        digest = hashlib.blake2b(stream)
+        # Not what lies between the buffers, which some earlier message has left there.
+        for start, size in _ENTRY.iter_unpack(
+            stream[len(stream) - layout.buffers * _ENTRY.size :]
+        ):
+            digest.update(memory[start : start + size])
         return digest.digest()
 
     def sent(self) -> None:

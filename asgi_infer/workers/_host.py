@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,12 @@ from ._errors_across import pack_error
 from ._page import ControlPage
 from ._protocol import ModelSpec, Steps, Used
 from .thread import ThreadReplica
+
+
+_FORKED = (
+    "a process that the model has forked came back from the model's code, and is ended: let it "
+    "end there, with os._exit(), or use subprocess or multiprocessing"
+)
 
 
 class Request:
@@ -59,12 +66,16 @@ class Host:
         self._replica = ThreadReplica(spec)
         self._streams: dict[int, Steps] = {}
         self._request: Awaited | None = None
+        self._process = os.getpid()
         _host.spec = spec
 
     def open(self) -> None:
         """Load the model and warm it up."""
         here.current_call = lambda: self._request
-        self._replica.open(_never)
+        try:
+            self._replica.open(_never)
+        finally:
+            self._only_here()
 
     def execute(self, request: Awaited, work: Work) -> Any:
         """Call a function; return its result."""
@@ -87,7 +98,10 @@ class Host:
         """Close the generator of a stream, if it has begun."""
         steps = self._streams.pop(stream, None)
         if steps is not None:
-            steps.close()
+            try:
+                steps.close()
+            finally:
+                self._only_here()
 
     def has(self, stream: int) -> bool:
         """Whether that stream has begun and not been closed."""
@@ -108,6 +122,19 @@ class Host:
             return func()
         finally:
             self._request = None
+            self._only_here()
+
+    def _only_here(self) -> None:
+        """End a process that the model has forked, and that comes back from the model's code: it
+        would take requests, and reply to them, in the place of this one.
+        """
+        if os.getpid() != self._process:
+            try:
+                if sys.exc_info()[0] is not None:
+                    traceback.print_exc()
+                print(_FORKED, file=sys.stderr)
+            finally:
+                os._exit(1)
 
 
 class _Host:

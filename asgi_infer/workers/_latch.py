@@ -9,7 +9,8 @@ import threading
 from collections.abc import Sequence
 
 _ONE = (1).to_bytes(8, sys.byteorder)  # what an eventfd takes; a pipe takes anything
-_LONGEST = 2**31 - 1  # milliseconds that poll() can wait: 24 days
+LONGEST = 2**31 - 1
+"""Milliseconds that ``poll()`` can wait: 24 days."""
 
 
 class Latch:
@@ -44,7 +45,7 @@ class Latch:
         others = tuple(others)
         if others != self._watched:
             self._watch(others)
-        wait = None if timeout < 0 else min(timeout * 1000, _LONGEST)
+        wait = None if timeout < 0 else min(timeout * 1000, LONGEST)
         if all(fd != self._fd for fd, _ in self._poll.poll(wait)):
             return False
         # A pipe holds no more than that: what was released many times is taken in one read.

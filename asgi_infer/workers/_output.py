@@ -6,6 +6,7 @@ import codecs
 import logging
 import os
 from collections import deque
+from contextlib import suppress
 from io import FileIO
 
 logger = logging.getLogger("asgi_infer.worker")
@@ -131,7 +132,8 @@ class Output:
             self._log(line[start : start + LONGEST])
 
     def _log(self, line: str) -> None:
-        logger.log(self._level, "%s: %s", self._name, line)
+        with suppress(Exception):  # a handler or filter that fails is no reason to stop serving
+            logger.log(self._level, "%s: %s", self._name, line)
         if self._words is not None:
             self._words.add(line)
 

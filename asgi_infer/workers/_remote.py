@@ -30,7 +30,7 @@ from ._channel import Channel, Kind, Message
 from ._codec import Encoded
 from ._errors_across import unpack_error
 from ._host import refer
-from ._latch import Latch
+from ._latch import LONGEST, Latch
 from ._page import ControlPage
 from ._protocol import ModelSpec, Steps, Used
 from .thread import leak
@@ -39,6 +39,7 @@ logger = logging.getLogger("asgi_infer")
 
 _MOMENT = 0.2  # seconds that a process gets for writing its stacks before it is killed
 _PAUSE = 0.02  # seconds without a word, after which it has written all of them
+_LONGEST = 0.5  # seconds for all of that: it may write other things without end
 _FAREWELL = 5.0  # seconds that it gets for ending by itself
 _ATTEMPTS = 3  # to send a call to a process that dies before it begins with it
 _CRASHES = 2  # of one call, after which it is not run again
@@ -364,6 +365,9 @@ class RemoteReplica:
         except Interrupted:
             self._lose()
             raise WorkerCrashed("the runner was stopped, and its process with it") from None
+        except BaseException:
+            self._lose()  # its reply would be taken for the next call's
+            raise
         finally:
             self._running = None
 
@@ -444,19 +448,32 @@ class RemoteReplica:
             if self._interrupted.is_set():
                 link.kill()
                 raise Interrupted
-            try:
-                reply = link.channel.receive_now()
-            except (EOFError, OSError):
-                raise Died from None
-            if reply is not None:
+            reply = self._receive(link)
+            # One to any other request is nobody's. That to open the model has no number.
+            if reply is not None and reply.number in (0, self._number):
                 if reply.used is not None:
                     self._used = reply.used.after(self._used_before)
                 return reply
             if not alive:  # what it had to say before its death has been read
                 raise Died
-            if not ready:
+            if not ready or left == 0.0:  # what it writes may come without end
                 raise Overran
             alive = self._attend(link)
+
+    def _receive(self, link: Link) -> Message | None:
+        """What has come over the channel, without waiting.
+
+        :raises Died: nothing can come any more
+        """
+        try:
+            return link.channel.receive_now()
+        except (EOFError, OSError):
+            raise Died from None
+        except ValueError as error:
+            # The model has written there, by a descriptor that it took for its own.
+            logger.error("the process of the model %r is killed: %s", self._spec.name, error)
+            link.kill()
+            raise Died from None
 
     def _descriptors_of(self, link: Link) -> tuple[int, ...]:
         """What to wait for while something is done over there."""
@@ -474,7 +491,7 @@ class RemoteReplica:
             self._watched, self._poll = watched, select.poll()
             for fd in watched:
                 self._poll.register(fd, select.POLLIN)
-        return bool(self._poll.poll(None if seconds is None else seconds * 1000))
+        return bool(self._poll.poll(None if seconds is None else min(seconds * 1000, LONGEST)))
 
     def idle(self, latch: Latch, timeout: float) -> bool:
         """Sleep until the latch is released, and see to what else comes. See ``RemoteLatch``."""
@@ -494,8 +511,8 @@ class RemoteReplica:
 
     def _still_there(self, link: Link) -> bool:
         try:
-            said = link.channel.receive_now()
-        except (EOFError, OSError):
+            said = self._receive(link)
+        except Died:
             return False
         return said is None and self._attend(link)
 
@@ -520,9 +537,11 @@ class RemoteReplica:
     def _kill(self, link: Link) -> None:
         """End the process, which gets a moment to say what it was doing."""
         link.dump()
-        patience = _MOMENT
+        patience, until = _MOMENT, time.monotonic() + _LONGEST
         while self._wait_on(tuple(link.watched), patience) and link.attend():
-            patience = _PAUSE  # it has begun to write
+            patience = min(_PAUSE, until - time.monotonic())  # it has begun to write
+            if patience <= 0.0:
+                break
         link.kill()
 
     def _lose(self) -> None:

@@ -34,6 +34,16 @@ def freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def fork(*, fails: bool = False) -> str:
+    """Forget that the other process comes back as well; this one has the later word."""
+    other = os.fork()
+    if other:
+        os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT)
+    elif fails:
+        raise ValueError("in the other process")
+    return f"exit code {os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])}" if other else "other"
+
+
 WAYS = {"segfault": segfault, "abort": os.abort, "exit": leave, "kill": killed}
 
 

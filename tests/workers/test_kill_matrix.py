@@ -538,3 +538,15 @@ def test_the_news_of_a_crash(runner: InferenceRunner[Model]) -> None:
         assert isinstance(future.exception(LIMIT), WorkerCrashed)
         seconds.append(time.monotonic() - began)
     assert sorted(seconds)[10] < 0.1, seconds
+
+
+# -- processes that the model forks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_forked_process_that_comes_back(
+    runner: InferenceRunner[Model], fails: bool
+) -> None:
+    """It is ended, and neither replies nor takes requests in the place of its parent."""
+    assert await runner.run(partial(crashes.fork, fails=fails)) == "exit code 1"
+    assert [await runner.run(abs, -n) for n in range(3)] == [0, 1, 2]

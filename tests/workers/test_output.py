@@ -52,6 +52,18 @@ def test_line_by_line(stream: Stream, caplog: pytest.LogCaptureFixture) -> None:
     assert str(stream.words) == "one\ntwo\nthree"
 
 
+def test_logging_that_fails(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is none of the caller's business; what may explain a crash is kept all the same."""
+
+    def fail(record: logging.LogRecord) -> bool:
+        raise RuntimeError
+
+    monkeypatch.setattr(logging.getLogger("asgi_infer.worker"), "filters", [fail])
+    stream.write(b"one\n")
+    assert stream.output.pump() == 4
+    assert str(stream.words) == "one"
+
+
 def test_nothing_there(stream: Stream, caplog: pytest.LogCaptureFixture) -> None:
     """To look for more never blocks."""
     assert stream.output.pump() == 0

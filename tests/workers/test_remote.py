@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -47,6 +48,16 @@ def hang(message: Message, peer: Peer) -> None:
 def die_before_it_begins(message: Message, peer: Peer) -> None:
     peer.page.started = message.number - 1
     raise Death
+
+
+def write_to_all(message: Message, peer: Peer) -> None:
+    """Write to every descriptor, the channel's among them."""
+    os.write(peer.channel.fileno(), b"x" * 200)
+    hang(message, peer)
+
+
+def fail(*args: object) -> None:
+    raise MemoryError
 
 
 Behaviour = Callable[[Message, Peer], object]
@@ -336,6 +347,48 @@ def test_reply_before_death(make: Make) -> None:
     assert replica.losses == 0
 
 
+def test_what_is_no_message(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """A process that has written to its channel by itself is ended, and the next call gets its
+    own reply."""
+    replica = make(write_to_all, echo)
+    with pytest.raises(WorkerCrashed):
+        replica.call(len)
+    assert "is killed: this is not the start of a message" in caplog.text
+    assert replica.call(len, 1) == (1,)
+
+
+def test_what_is_no_message_of_an_idle_process(make: Make) -> None:
+    """Likewise when nothing runs: it is no end of the thread."""
+    replica = make(echo)
+    os.write(replica.links[0].peer.channel.fileno(), b"x" * 200)
+    assert not replica.wake_up.acquire(timeout=LIMIT)
+    assert replica.lost
+    assert replica.call(len, 1) == (1,)
+
+
+def test_reply_to_another_request(make: Make) -> None:
+    """A reply that is not to the request is nobody's."""
+
+    def answer_twice(message: Message, peer: Peer) -> None:
+        echo(message, peer)
+        peer.channel.send(Kind.RESULT, number=message.number)
+
+    replica = make(answer_twice)
+    assert replica.call(len, 1) == (1,)
+    assert replica.call(len, 2) == (2,)
+
+
+def test_failure_while_waiting(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the reply is not waited for, for whatever reason, the next call does not get it."""
+    replica = make(echo)
+    with monkeypatch.context() as patch:
+        patch.setattr(replica, "_receive", fail)
+        with pytest.raises(MemoryError):
+            replica.call(len, 1)
+    assert replica.lost
+    assert replica.call(len, 2) == (2,)
+
+
 def test_end_held_open(make: Make) -> None:
     """A process that has died is dead, also if somebody else holds its end of the channel."""
 
@@ -432,6 +485,27 @@ def test_hard_timeout(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     assert (replica.losses, replica.links[0].dumped) == (1, 1)
     assert caplog.messages == [str(caught.value)]
     assert replica.call(len, 1) == (1,)
+
+
+def test_a_long_time(make: Make) -> None:
+    """A limit may be longer than the system can wait at once."""
+    assert make(echo, hard_timeout=1e9, startup_timeout=1e9).call(len, 1) == (1,)
+
+
+def test_hard_timeout_of_one_that_writes_without_end(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process writes does not put its end off, neither before the limit nor after it."""
+    replica = make(hang, echo, hard_timeout=0.01)
+    noisy = _Noise()
+    monkeypatch.setattr(PeerLink, "watched", property(lambda _: (noisy.fileno(),)))
+    monkeypatch.setattr(remote, "_LONGEST", 0.01)
+    replica._descriptors = None  # it asks again
+    with pytest.raises(DeadlineExceeded):
+        replica.call(len)
+    monkeypatch.undo()
+    noisy.close()
+    assert replica.links[0].peer.killed.is_set()
 
 
 def test_startup_timeout() -> None:
