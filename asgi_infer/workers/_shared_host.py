@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import NoReturn
 
 from . import _host
@@ -129,9 +130,10 @@ class SharedHost:
         if self._alone is not None:
             self._attend(self._alone)
             return True
-        ready = {fd for fd, _ in self._all.poll(None if self._servers else 0)}
+        ready = dict(self._all.poll(None if self._servers else 0))
         if self._claim.listener.fileno() in ready:
             self._accept()
+        self._forget_dead(ready)
         for fd, server in self._servers.items():
             if fd in ready:
                 self._servers.move_to_end(fd)
@@ -144,6 +146,12 @@ class SharedHost:
             self._number += 1
             self._servers[sock.fileno()] = Server(sock, self._number)
             self._all.register(sock, select.POLLIN)
+
+    def _forget_dead(self, ready: Mapping[int, int]) -> None:
+        """Those that have gone: what they had asked for before is not even read."""
+        for fd in [fd for fd, events in ready.items() if events & select.POLLHUP]:
+            if fd in self._servers:
+                self._forget(self._servers[fd])
 
     def _attend(self, server: Server) -> None:
         # In a function of its own: what came and went must not stay alive until the next one.

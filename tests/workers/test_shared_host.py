@@ -304,6 +304,19 @@ def test_dead_server_loses_its_own_calls(table: Table) -> None:
     assert sorted(_log[1:-1]) == ["closed", "other"]
 
 
+def test_what_a_dead_server_waited_for_is_not_run(table: Table) -> None:
+    """Its call had been sent, and it died before its turn came."""
+    first, dying = table.server(), table.server()
+    first.ask(Kind.EXECUTE, model.hold)
+    _gate.wait_entered()
+    dying.ask(Kind.EXECUTE, model.note, "never")
+    dying.close()
+    _gate.release.set()
+    first.value()
+    first.run(model.note, "next")
+    assert _log[1:] == ["next"]
+
+
 def test_generator_that_fails_when_its_server_has_died(
     table: Table, capsys: pytest.CaptureFixture[str]
 ) -> None:
