@@ -94,7 +94,21 @@ class Rendezvous:
         :param timeout: seconds
         :raises PermissionError: a directory is not private, or the other side is another user's
         :raises TimeoutError: neither came about in time
+        :raises OSError: there is no room, nothing may be written there, and so on
         """
+        try:
+            return self._join(timeout)
+        except OSError as error:
+            if error.errno is None:  # it says what to do
+                raise
+            raise OSError(
+                error.errno,
+                f"{error.strerror}, where the processes of a server are to meet: {self.base}. "
+                f"Repair that, or pass SharedWorker(directory=...) one that can be written to, in "
+                f"a directory that is there",
+            ) from error
+
+    def _join(self, timeout: float) -> Joined:
         deadline = time.monotonic() + timeout
         for pause in _pauses():
             with _gate(self.base, deadline):

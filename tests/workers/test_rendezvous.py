@@ -312,6 +312,13 @@ def test_base_that_is_not_private(party: Party, base: Path, make: Callable[[Path
         party.claim()
 
 
+def test_base_that_cannot_be_made(tmp_path: Path) -> None:
+    """The error keeps its class, and names the place and what to do."""
+    base = tmp_path / "missing" / "base"
+    with pytest.raises(FileNotFoundError, match=r"missing/base.*SharedWorker\(directory"):
+        Rendezvous(base, "0" * 16).join()
+
+
 def test_base_of_another_user(party: Party, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory of another user's is refused, private or not."""
     base.mkdir(0o700)
