@@ -6,7 +6,8 @@ with a socket. Both are private (mode 0700, owned by the user), and each is lock
     /tmp/asgi_infer-1000/                    the base. Its lock is the *gate*: held for moments
         0f3a9c5be2d14786/                    the lock of this one belongs to the model process
             socket
-            servers                      locked by all servers together (LOCK_SH)
+            servers                      locked by all servers together (LOCK_SH); tells which
+                                         process has the model
 
 Whoever comes holds the gate and tries the deployment's lock. Who gets it starts the model process
 (a ``Claim``); the others connect to its socket. That is all there is to agree on, because
@@ -131,6 +132,21 @@ class Rendezvous:
         with _gate(self.base, time.monotonic() + timeout), suppress(FileNotFoundError):
             _remove_if_dead(self.directory)
 
+    def owner(self) -> int | None:
+        """A pidfd of the model process, as that has signed; the caller's to close.
+
+        None if it has not, has ended, or is in a container of its own.
+        """
+        try:
+            pid, born = map(int, (self.directory / _SERVERS).read_text().split())
+            fd = os.pidfd_open(pid)
+        except (OSError, ValueError):
+            return None
+        if processes.start_time(pid) == born:
+            return fd
+        os.close(fd)  # the number is another process's by now
+        return None
+
     def _start_or_connect(self) -> Joined | None:
         lock = _open_private(self.directory)
         if _try_lock(lock):
@@ -218,6 +234,13 @@ class Claim:
     def fds(self) -> tuple[int, int]:
         """The descriptors that the model process has to inherit."""
         return self.listener.fileno(), self._lock
+
+    def sign(self) -> None:
+        """Say which process has the model, to those who have not been served yet."""
+        pid = os.getpid()
+        with suppress(OSError):  # the disk is full, or the files are gone: then nobody knows
+            path = Path(self.listener.getsockname()).parent / _SERVERS
+            path.write_text(f"{pid} {processes.start_time(pid)}")
 
     def accept(self) -> socket.socket | None:
         """The next connection; None if nobody waits for one."""

@@ -45,7 +45,9 @@ def serve(listener: int, lock: int) -> NoReturn:  # pragma: no cover  # in a pro
     The interpreter is not taken down at the end, which could be held up by anything: those who
     have come since wait for it, to start the next.
     """
-    model = SharedHost(Claim.inherited(listener, lock))
+    claim = Claim.inherited(listener, lock)
+    claim.sign()
+    model = SharedHost(claim)
     code = 1
     try:
         while model.turn():
@@ -149,9 +151,9 @@ class SharedHost:
 
     def _forget_dead(self, ready: Mapping[int, int]) -> None:
         """Those that have gone: what they had asked for before is not even read."""
-        for fd in [fd for fd, events in ready.items() if events & select.POLLHUP]:
-            if fd in self._servers:
-                self._forget(self._servers[fd])
+        for fd, server in list(self._servers.items()):
+            if ready.get(fd, 0) & select.POLLHUP:
+                self._forget(server)
 
     def _attend(self, server: Server) -> None:
         # In a function of its own: what came and went must not stay alive until the next one.

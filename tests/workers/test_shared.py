@@ -25,6 +25,7 @@ from asgi_infer import (
     NotReady,
     WorkerCrashed,
 )
+from asgi_infer.native import processes
 from asgi_infer.workers import SharedWorker, shared
 from asgi_infer.workers._protocol import ModelSpec
 from asgi_infer.workers._rendezvous import Claim, Presence, Rendezvous
@@ -339,6 +340,20 @@ def test_others_remain(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
     assert fake[0].calls[-1] == "detached"
     assert other.died().startswith("has died (how, the log")
     other.kill()  # the last, which does not know the process
+    other.close()
+
+
+def test_last_one_ends_what_never_answered(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
+    """The starter of a process that hangs while it loads has gone: the last server that waits for
+    it finds out which it is."""
+    starter, other = SharedLink(SPEC, rendezvous), SharedLink(SPEC, rendezvous)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        signature = f"{process.pid} {processes.start_time(process.pid)}"
+        (rendezvous.directory / "servers").write_text(signature)
+        starter.close()
+        assert process.poll() is None
+        other.kill()
+        assert process.wait(LIMIT) == -signal.SIGKILL
     other.close()
 
 
