@@ -139,13 +139,9 @@ class Rendezvous:
         """
         try:
             pid, born = map(int, (self.directory / _SERVERS).read_text().split())
-            fd = os.pidfd_open(pid)
         except (OSError, ValueError):
             return None
-        if processes.start_time(pid) == born:
-            return fd
-        os.close(fd)  # the number is another process's by now
-        return None
+        return descriptor_of(pid, born)
 
     def _start_or_connect(self) -> Joined | None:
         lock = _open_private(self.directory)
@@ -315,6 +311,21 @@ def check_peer(sock: socket.socket) -> None:
             f"process {pid} at the other side of the socket runs as user {uid}, and this one as "
             f"{os.geteuid()}: run all processes of a deployment as one user"
         )
+
+
+def descriptor_of(pid: int, born: int) -> int | None:
+    """A pidfd; None if that process has ended, or if the number is another's here.
+
+    :param born: when it was started, as ``processes.start_time`` says
+    """
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    if processes.start_time(pid) == born:
+        return fd
+    os.close(fd)
+    return None
 
 
 # -- locks -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import NoReturn
 
+from ..native import processes
 from . import _host
 from ._channel import Channel, Kind, Message
 from ._errors_across import PackedError, pack_error
@@ -98,7 +99,7 @@ class Server:
         finally:
             for fd in fds:
                 os.close(fd)
-        self.page.pid = os.getpid()
+        self.page.pid, self.page.born = os.getpid(), processes.start_time(os.getpid())
         self.channel = Channel(self.sock, main=_host.main_there)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from ._child import DUMP_SIGNAL, Child, bury_detached, has_pidfd
 from ._page import ControlPage, make_page_file
 from ._protocol import ModelSpec
 from ._remote import Link, Overran, RemoteReplica, RemoteWorker, encode_spec, reduce_reference
-from ._rendezvous import Claim, Presence, Rendezvous, default_base, deployment
+from ._rendezvous import Claim, Presence, Rendezvous, default_base, deployment, descriptor_of
 from ._shared_host import EXCLUSIVE, HELLO
 
 logger = logging.getLogger("asgi_infer")
@@ -184,8 +184,8 @@ class SharedLink:
         """The model is there. If this is not its process's parent, find out which that is."""
         self.ready = True
         if self._child is None and has_pidfd():
-            with suppress(ProcessLookupError):  # it has died just now, as the channel will tell
-                self._pidfd = os.pidfd_open(self.page.pid)
+            # If it has died just now, the channel will tell.
+            self._pidfd = descriptor_of(self.page.pid, self.page.born)
 
     @property
     def watched(self) -> Sequence[int]:

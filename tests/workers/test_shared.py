@@ -376,6 +376,9 @@ def test_process_is_known_by_its_descriptor(rendezvous: Rendezvous, fake: list[F
     with subprocess.Popen(["sleep", "60"]) as process:
         other.page.pid = process.pid
         other.loaded()
+        assert list(other.watched) == []  # of that number, but not the one that is meant
+        other.page.born = processes.start_time(process.pid)
+        other.loaded()
         assert len(other.watched) == 1
         assert other.attend()
         other.condemned = True

@@ -19,6 +19,7 @@ import pytest
 
 from asgi_infer import NativePolicy, check_cancelled
 from asgi_infer._model import ModelReference
+from asgi_infer.native import processes
 from asgi_infer.workers._channel import Channel, Kind, Message
 from asgi_infer.workers._errors_across import unpack_error
 from asgi_infer.workers._host import Host
@@ -224,7 +225,8 @@ def test_one_model_for_all(table: Table) -> None:
 
 def test_model_process_is_known(table: Table) -> None:
     """Servers learn which process has the model."""
-    assert table.server().page.pid == os.getpid()
+    page = table.server().page
+    assert (page.pid, page.born) == (os.getpid(), processes.start_time(os.getpid()))
 
 
 def test_servers_take_turns(table: Table) -> None:
