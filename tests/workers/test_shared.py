@@ -310,6 +310,24 @@ def test_process_that_does_not_end(
     assert "killed" in fake[0].calls
 
 
+def test_process_that_takes_its_time(
+    rendezvous: Rendezvous, fake: list[FakeChild], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as its time is not up, it is waited for again, and not killed."""
+    monkeypatch.setattr(shared, "_PATIENCE", LIMIT)
+    link = SharedLink(SPEC, rendezvous)
+    child = fake[0]
+
+    def end_later() -> None:
+        if child.calls.count("waited for") == 2 and child.claim is not None:
+            child.claim.close()
+            child.claim = None
+
+    monkeypatch.setattr(child, "coming", end_later)
+    link.close()
+    assert "killed" not in child.calls
+
+
 def test_somebody_comes_as_the_last_leaves(
     rendezvous: Rendezvous, fake: list[FakeChild], monkeypatch: pytest.MonkeyPatch
 ) -> None:
