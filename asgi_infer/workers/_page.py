@@ -9,7 +9,7 @@ import tempfile
 from ._segments import Memory
 
 _SIZE = mmap.PAGESIZE
-_CANCELLED, _STARTED, _BEGAN, _PID = range(4)  # words of 64 bits
+_CANCELLED, _STARTED, _BEGAN, _PID, _BORN = range(5)  # words of 64 bits
 
 
 class ControlPage:
@@ -22,6 +22,8 @@ class ControlPage:
     :ivar began: when that was, where anybody asks: ``time.monotonic()``, which all processes of a
         machine share, to the microsecond; likewise
     :ivar pid: the process at the model's side, once that is known; likewise
+    :ivar born: when that was started, by ``processes.start_time``: in another container its number
+        may be anybody's; likewise
     """
 
     def __init__(self, fd: int) -> None:
@@ -59,6 +61,14 @@ class ControlPage:
     @pid.setter
     def pid(self, pid: int) -> None:
         self._words[_PID] = pid
+
+    @property
+    def born(self) -> int:
+        return self._words[_BORN]
+
+    @born.setter
+    def born(self, ticks: int) -> None:
+        self._words[_BORN] = ticks
 
 
 def make_page_file() -> int:

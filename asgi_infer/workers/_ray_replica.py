@@ -47,6 +47,8 @@ class RayReplica(RemoteReplica):
     :param worker: what the actors are made with
     """
 
+    _needed = "Arguments are to pickle, and so is what a lambda or an inner function refers to"
+
     def __init__(self, spec: ModelSpec, worker: RayWorker) -> None:
         super().__init__(spec, worker)
         self._options = actor_options(spec, worker)
@@ -108,7 +110,7 @@ class RayLink:
     last_words = ""  # Ray keeps them, and prints them if it is told to
 
     def __init__(self, spec: ModelSpec, options: dict[str, Any]) -> None:
-        opening = dumps(spec)
+        opening = _opening(spec)
         self.actor: Any = ray.remote(RayHost).options(**options).remote()
         self.channel = self.page = RayChannel(self.actor, opening, spec)
 
@@ -253,6 +255,16 @@ def actor_options(spec: ModelSpec, worker: RayWorker) -> dict[str, Any]:
     return ours | dict(worker.options)
 
 
+def _opening(spec: ModelSpec) -> Pickled:
+    try:
+        return dumps(spec)
+    except Exception as error:
+        raise TypeError(
+            f"load, warmup or NativePolicy.contexts of {spec.name!r} can't be sent to the actor: "
+            f"{describe(error)}. What they refer to is to pickle: load in the actor what does not"
+        ) from error
+
+
 def _ray(link: Link) -> RayLink:
     return cast("RayLink", link)
 
@@ -271,6 +283,8 @@ def _cancel_all(refs: queue.SimpleQueue[Any]) -> None:
 
 def _why(error: BaseException) -> str:
     """The one line of Ray's page-long messages that tells what has happened."""
+    if isinstance(error, SystemExit):
+        return "the connection to the cluster was shut down"
     lines = [line.strip() for line in describe(error).splitlines()]
     told = [line for line in lines if line.startswith(_BECAUSE)]
     line = (told or lines)[0].removeprefix(_BECAUSE)

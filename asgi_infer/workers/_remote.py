@@ -132,6 +132,10 @@ class RemoteReplica:
     :param worker: what is done about crashes
     """
 
+    _needed = (
+        "Functions are to be importable (defined in a module, no lambda), and arguments to pickle"
+    )
+
     def __init__(self, spec: ModelSpec, worker: RemoteWorker) -> None:
         self.restarts = Restarts(worker.restart)
         self._spec = spec
@@ -329,8 +333,7 @@ class RemoteReplica:
         except Exception as error:
             raise TypeError(
                 f"{name_of(work[0])} and its arguments can't be sent to the process of the model: "
-                f"{describe(error)}. Functions are to be importable (defined in a module, no "
-                f"lambda), and arguments to pickle"
+                f"{describe(error)}. {self._needed}"
             ) from error
 
     def _ask_for_call(

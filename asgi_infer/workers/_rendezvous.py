@@ -6,7 +6,8 @@ with a socket. Both are private (mode 0700, owned by the user), and each is lock
     /tmp/asgi_infer-1000/                    the base. Its lock is the *gate*: held for moments
         0f3a9c5be2d14786/                    the lock of this one belongs to the model process
             socket
-            servers                      locked by all servers together (LOCK_SH)
+            servers                      locked by all servers together (LOCK_SH); tells which
+                                         process has the model
 
 Whoever comes holds the gate and tries the deployment's lock. Who gets it starts the model process
 (a ``Claim``); the others connect to its socket. That is all there is to agree on, because
@@ -94,7 +95,21 @@ class Rendezvous:
         :param timeout: seconds
         :raises PermissionError: a directory is not private, or the other side is another user's
         :raises TimeoutError: neither came about in time
+        :raises OSError: there is no room, nothing may be written there, and so on
         """
+        try:
+            return self._join(timeout)
+        except OSError as error:
+            if error.errno is None:  # it says what to do
+                raise
+            raise OSError(
+                error.errno,
+                f"{error.strerror}, where the processes of a server are to meet: {self.base}. "
+                f"Repair that, or pass SharedWorker(directory=...) one that can be written to, in "
+                f"a directory that is there",
+            ) from error
+
+    def _join(self, timeout: float) -> Joined:
         deadline = time.monotonic() + timeout
         for pause in _pauses():
             with _gate(self.base, deadline):
@@ -116,6 +131,17 @@ class Rendezvous:
         """
         with _gate(self.base, time.monotonic() + timeout), suppress(FileNotFoundError):
             _remove_if_dead(self.directory)
+
+    def owner(self) -> int | None:
+        """A pidfd of the model process, as that has signed; the caller's to close.
+
+        None if it has not, has ended, or is in a container of its own.
+        """
+        try:
+            pid, born = map(int, (self.directory / _SERVERS).read_text().split())
+        except (OSError, ValueError):
+            return None
+        return descriptor_of(pid, born)
 
     def _start_or_connect(self) -> Joined | None:
         lock = _open_private(self.directory)
@@ -205,6 +231,13 @@ class Claim:
         """The descriptors that the model process has to inherit."""
         return self.listener.fileno(), self._lock
 
+    def sign(self) -> None:
+        """Say which process has the model, to those who have not been served yet."""
+        pid = os.getpid()
+        with suppress(OSError):  # the disk is full, or the files are gone: then nobody knows
+            path = Path(self.listener.getsockname()).parent / _SERVERS
+            path.write_text(f"{pid} {processes.start_time(pid)}")
+
     def accept(self) -> socket.socket | None:
         """The next connection; None if nobody waits for one."""
         while True:
@@ -278,6 +311,21 @@ def check_peer(sock: socket.socket) -> None:
             f"process {pid} at the other side of the socket runs as user {uid}, and this one as "
             f"{os.geteuid()}: run all processes of a deployment as one user"
         )
+
+
+def descriptor_of(pid: int, born: int) -> int | None:
+    """A pidfd; None if that process has ended, or if the number is another's here.
+
+    :param born: when it was started, as ``processes.start_time`` says
+    """
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    if processes.start_time(pid) == born:
+        return fd
+    os.close(fd)
+    return None
 
 
 # -- locks -------------------------------------------------------------------------------------

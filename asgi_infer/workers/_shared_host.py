@@ -21,8 +21,10 @@ import sys
 import time
 import traceback
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import NoReturn
 
+from ..native import processes
 from . import _host
 from ._channel import Channel, Kind, Message
 from ._errors_across import PackedError, pack_error
@@ -44,7 +46,9 @@ def serve(listener: int, lock: int) -> NoReturn:  # pragma: no cover  # in a pro
     The interpreter is not taken down at the end, which could be held up by anything: those who
     have come since wait for it, to start the next.
     """
-    model = SharedHost(Claim.inherited(listener, lock))
+    claim = Claim.inherited(listener, lock)
+    claim.sign()
+    model = SharedHost(claim)
     code = 1
     try:
         while model.turn():
@@ -95,7 +99,7 @@ class Server:
         finally:
             for fd in fds:
                 os.close(fd)
-        self.page.pid = os.getpid()
+        self.page.pid, self.page.born = os.getpid(), processes.start_time(os.getpid())
         self.channel = Channel(self.sock, main=_host.main_there)
 
     def close(self) -> None:
@@ -129,9 +133,10 @@ class SharedHost:
         if self._alone is not None:
             self._attend(self._alone)
             return True
-        ready = {fd for fd, _ in self._all.poll(None if self._servers else 0)}
+        ready = dict(self._all.poll(None if self._servers else 0))
         if self._claim.listener.fileno() in ready:
             self._accept()
+        self._forget_dead(ready)
         for fd, server in self._servers.items():
             if fd in ready:
                 self._servers.move_to_end(fd)
@@ -144,6 +149,12 @@ class SharedHost:
             self._number += 1
             self._servers[sock.fileno()] = Server(sock, self._number)
             self._all.register(sock, select.POLLIN)
+
+    def _forget_dead(self, ready: Mapping[int, int]) -> None:
+        """Those that have gone: what they had asked for before is not even read."""
+        for fd, server in list(self._servers.items()):
+            if ready.get(fd, 0) & select.POLLHUP:
+                self._forget(server)
 
     def _attend(self, server: Server) -> None:
         # In a function of its own: what came and went must not stay alive until the next one.

@@ -22,7 +22,7 @@ from ._child import DUMP_SIGNAL, Child, bury_detached, has_pidfd
 from ._page import ControlPage, make_page_file
 from ._protocol import ModelSpec
 from ._remote import Link, Overran, RemoteReplica, RemoteWorker, encode_spec, reduce_reference
-from ._rendezvous import Claim, Presence, Rendezvous, default_base, deployment
+from ._rendezvous import Claim, Presence, Rendezvous, default_base, deployment, descriptor_of
 from ._shared_host import EXCLUSIVE, HELLO
 
 logger = logging.getLogger("asgi_infer")
@@ -123,7 +123,8 @@ class SharedReplica(RemoteReplica):
         """Others may use it: it ends by itself when nobody does."""
 
     def _kill(self, link: Link) -> None:
-        self._shared.condemned = True
+        # One that this server waits for, and has not started, may be busy with others' calls.
+        self._shared.condemned = self._shared.ready or self._shared.starter
         super()._kill(link)
 
     def _next_stream(self) -> int:
@@ -183,8 +184,8 @@ class SharedLink:
         """The model is there. If this is not its process's parent, find out which that is."""
         self.ready = True
         if self._child is None and has_pidfd():
-            with suppress(ProcessLookupError):  # it has died just now, as the channel will tell
-                self._pidfd = os.pidfd_open(self.page.pid)
+            # If it has died just now, the channel will tell.
+            self._pidfd = descriptor_of(self.page.pid, self.page.born)
 
     @property
     def watched(self) -> Sequence[int]:
@@ -246,12 +247,18 @@ class SharedLink:
     def _leave(self) -> bool:
         """Whether this was the last server."""
         if self._last is None:
+            self._find()
             try:
                 self._last = self._presence.leave()
             except OSError as error:  # the gate is held up
                 logger.warning("could not tell whether others use the model: %s", error)
                 self._last = False
         return self._last
+
+    def _find(self) -> None:
+        """If it has not answered yet, and is no child of this process: find out which it is."""
+        if not self._known and has_pidfd():
+            self._pidfd = self._rendezvous.owner()
 
     def _see_to_its_end(self) -> None:
         """Wait until it has ended, or somebody else has come. It removes its files, if it can."""

@@ -233,8 +233,9 @@ class NeverThere:
 
 async def test_what_does_not_cross(runner: InferenceRunner[Model]) -> None:
     """Arguments and results that do not pickle or unpickle are errors of their call."""
-    with pytest.raises(TypeError, match="can't be sent to the process of the model"):
+    with pytest.raises(TypeError, match="can't be sent to the process of the model") as caught:
         await runner.run(functions.echo, threading.Lock())
+    assert "no lambda" not in str(caught.value)  # they are fine here
     with pytest.raises(TypeError, match="the result, a lock, can't be sent"):
         await runner.run(lambda: threading.Lock())
     with pytest.raises(PlainError):
@@ -402,6 +403,13 @@ async def test_model_that_does_not_load() -> None:
     assert "in load_nothing" in str(caught.value.__cause__)
 
 
+async def test_load_that_does_not_pickle() -> None:
+    """The error of ``start`` says what does not."""
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"^load, warmup .*lock.* is to pickle"):
+        await InferenceRunner(lambda: lock, worker=RayWorker(options=SMALL)).start()
+
+
 async def test_no_room() -> None:
     """An actor for which there is no machine is waited for no longer than ``startup_timeout``."""
     worker = RayWorker(options={"num_cpus": 99}, startup_timeout=0.2)
@@ -518,7 +526,7 @@ def test_shut_down_while_it_waits(
     assert channel.started == 1
     with pytest.raises(Died):
         channel.receive(None)
-    assert channel.how == "has died (SystemExit: 0)"
+    assert channel.how == "has died (the connection to the cluster was shut down)"
 
 
 def test_who_left(channel_of: Any, ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:

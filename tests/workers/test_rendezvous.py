@@ -204,6 +204,31 @@ def test_stale_files_are_swept(party: Party, base: Path) -> None:
     die(living)
 
 
+def test_owner(party: Party, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is not answered can tell which process has the model, once that has signed. Another one
+    that has got its number by now is not taken for it."""
+    _, claim = party.claim()
+    rendezvous = Rendezvous(base, NAME)
+    assert rendezvous.owner() is None
+    claim.sign()
+    fd = rendezvous.owner()
+    assert fd is not None
+    assert f"Pid:\t{os.getpid()}\n" in Path(f"/proc/self/fdinfo/{fd}").read_text()
+    os.close(fd)
+    monkeypatch.setattr(processes, "start_time", lambda pid: 0)
+    assert rendezvous.owner() is None
+    die(claim)
+
+
+def test_signing_in_vain(party: Party, base: Path) -> None:
+    """Where the files are gone nobody knows the process, and nothing else is amiss."""
+    _, claim = party.claim()
+    shutil.rmtree(base)
+    claim.sign()
+    assert Rendezvous(base, NAME).owner() is None
+    die(claim)
+
+
 def test_last_to_leave(base: Path) -> None:
     """Of the servers that leave, the last one learns that it is."""
     rendezvous = Rendezvous(base, NAME)
@@ -310,6 +335,13 @@ def test_base_that_is_not_private(party: Party, base: Path, make: Callable[[Path
     make(base)
     with pytest.raises(PermissionError, match=r"belongs to user .* chmod 700.* or pass"):
         party.claim()
+
+
+def test_base_that_cannot_be_made(tmp_path: Path) -> None:
+    """The error keeps its class, and names the place and what to do."""
+    base = tmp_path / "missing" / "base"
+    with pytest.raises(FileNotFoundError, match=r"missing/base.*SharedWorker\(directory"):
+        Rendezvous(base, "0" * 16).join()
 
 
 def test_base_of_another_user(party: Party, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

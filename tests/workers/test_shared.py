@@ -25,6 +25,7 @@ from asgi_infer import (
     NotReady,
     WorkerCrashed,
 )
+from asgi_infer.native import processes
 from asgi_infer.workers import SharedWorker, shared
 from asgi_infer.workers._protocol import ModelSpec
 from asgi_infer.workers._rendezvous import Claim, Presence, Rendezvous
@@ -309,6 +310,24 @@ def test_process_that_does_not_end(
     assert "killed" in fake[0].calls
 
 
+def test_process_that_takes_its_time(
+    rendezvous: Rendezvous, fake: list[FakeChild], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as its time is not up, it is waited for again, and not killed."""
+    monkeypatch.setattr(shared, "_PATIENCE", LIMIT)
+    link = SharedLink(SPEC, rendezvous)
+    child = fake[0]
+
+    def end_later() -> None:
+        if child.calls.count("waited for") == 2 and child.claim is not None:
+            child.claim.close()
+            child.claim = None
+
+    monkeypatch.setattr(child, "coming", end_later)
+    link.close()
+    assert "killed" not in child.calls
+
+
 def test_somebody_comes_as_the_last_leaves(
     rendezvous: Rendezvous, fake: list[FakeChild], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +361,20 @@ def test_others_remain(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
     other.close()
 
 
+def test_last_one_ends_what_never_answered(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
+    """The starter of a process that hangs while it loads has gone: the last server that waits for
+    it finds out which it is."""
+    starter, other = SharedLink(SPEC, rendezvous), SharedLink(SPEC, rendezvous)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        signature = f"{process.pid} {processes.start_time(process.pid)}"
+        (rendezvous.directory / "servers").write_text(signature)
+        starter.close()
+        assert process.poll() is None
+        other.kill()
+        assert process.wait(LIMIT) == -signal.SIGKILL
+    other.close()
+
+
 def test_what_is_condemned_is_killed(rendezvous: Rendezvous, fake: list[FakeChild]) -> None:
     """Whoever else uses it."""
     starter, other = SharedLink(SPEC, rendezvous), SharedLink(SPEC, rendezvous)
@@ -360,6 +393,9 @@ def test_process_is_known_by_its_descriptor(rendezvous: Rendezvous, fake: list[F
     assert other.attend()
     with subprocess.Popen(["sleep", "60"]) as process:
         other.page.pid = process.pid
+        other.loaded()
+        assert list(other.watched) == []  # of that number, but not the one that is meant
+        other.page.born = processes.start_time(process.pid)
         other.loaded()
         assert len(other.watched) == 1
         assert other.attend()

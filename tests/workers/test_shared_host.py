@@ -19,6 +19,7 @@ import pytest
 
 from asgi_infer import NativePolicy, check_cancelled
 from asgi_infer._model import ModelReference
+from asgi_infer.native import processes
 from asgi_infer.workers._channel import Channel, Kind, Message
 from asgi_infer.workers._errors_across import unpack_error
 from asgi_infer.workers._host import Host
@@ -224,7 +225,8 @@ def test_one_model_for_all(table: Table) -> None:
 
 def test_model_process_is_known(table: Table) -> None:
     """Servers learn which process has the model."""
-    assert table.server().page.pid == os.getpid()
+    page = table.server().page
+    assert (page.pid, page.born) == (os.getpid(), processes.start_time(os.getpid()))
 
 
 def test_servers_take_turns(table: Table) -> None:
@@ -302,6 +304,19 @@ def test_dead_server_loses_its_own_calls(table: Table) -> None:
     assert other.value() == "other"
     other.run(model.note, "end")
     assert sorted(_log[1:-1]) == ["closed", "other"]
+
+
+def test_what_a_dead_server_waited_for_is_not_run(table: Table) -> None:
+    """Its call had been sent, and it died before its turn came."""
+    first, dying = table.server(), table.server()
+    first.ask(Kind.EXECUTE, model.hold)
+    _gate.wait_entered()
+    dying.ask(Kind.EXECUTE, model.note, "never")
+    dying.close()
+    _gate.release.set()
+    first.value()
+    first.run(model.note, "next")
+    assert _log[1:] == ["next"]
 
 
 def test_generator_that_fails_when_its_server_has_died(
