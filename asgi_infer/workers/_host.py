@@ -24,7 +24,6 @@ from ._page import ControlPage
 from ._protocol import ModelSpec, Steps, Used
 from .thread import ThreadReplica
 
-
 _FORKED = (
     "a process that the model has forked came back from the model's code, and is ended: let it "
     "end there, with os._exit(), or use subprocess or multiprocessing"

@@ -200,6 +200,17 @@ def test_deep_stack() -> None:
     assert found[2] == frames[0]
 
 
+def test_frames_that_are_no_news() -> None:
+    """What has called the model's code is left out, unless there is nothing else."""
+    ours = f"  File asgi_infer{os.sep}workers{os.sep}thread.py, line 1 in execute"
+    start = ["Fatal Python error: Aborted", "Current thread 0x02 (most"]
+    assert words(*start, "  File model.py, line 1 in f", ours) == [
+        *start,
+        "  File model.py, line 1 in f",
+    ]
+    assert words(*start, ours, ours) == [*start, ours]
+
+
 def test_second_crash() -> None:
     """A process that survives one, as a test of faulthandler does, may have another."""
     assert words(*CRASH, "Thread 0x1", *CRASH) == [CRASH[0], *CRASH[-3:]]
