@@ -131,7 +131,7 @@ class Host:
             try:
                 if sys.exc_info()[0] is not None:
                     traceback.print_exc()
-                print(_FORKED, file=sys.stderr)
+                sys.stderr.write(f"{_FORKED}\n")
             finally:
                 os._exit(1)
 

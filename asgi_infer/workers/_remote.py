@@ -474,7 +474,8 @@ class RemoteReplica:
             raise Died from None
         except ValueError as error:
             # The model has written there, by a descriptor that it took for its own.
-            logger.error("the process of the model %r is killed: %s", self._spec.name, error)
+            name = self._spec.name
+            logger.error("the process of %r is killed: %s", name, error)  # noqa: TRY400  # expected
             link.kill()
             raise Died from None
 
