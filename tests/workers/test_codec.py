@@ -542,7 +542,8 @@ def test_library_imported_later(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("beside", [None, list(range(INLINE))], ids=["inline", "all in memory"])
 def test_digest(beside: Any) -> None:
     """The same body has the same digest, whatever was in that memory before, and no other has."""
-    encoder = Wire().encoder
+    wire = Wire()
+    encoder = wire.encoder
 
     def digest(last: int) -> bytes:
         odd = np.zeros(LARGE + 1, np.uint8)
@@ -554,3 +555,4 @@ def test_digest(beside: Any) -> None:
     assert digest(1) == before
     assert digest(2) != before
     assert encoder.encode(1).digest() != encoder.encode(2).digest()
+    wire.segments.close()
