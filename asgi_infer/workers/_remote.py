@@ -359,7 +359,7 @@ class RemoteReplica:
             return self._ask(link, kind, encoded, limit, deadline=deadline, stream=stream)
         except Died:
             if work is not None and link.page.started != self._number:
-                self._crashed(link, "it had not begun with the next call", None)
+                self._crashed(link, "before it began with the next call", None)
                 raise NeverBegan from None
             name = "a call" if call is None else call.name
             raise self._crashed(link, f"while {name} ran", work) from None
