@@ -528,7 +528,13 @@ class RemoteReplica:
         return link
 
     def _reopen(self) -> None:
-        self.restarts.note()
+        pause = self.restarts.note()
+        if self.restarts.broken:  # its thread waits with that, when the call has ended
+            raise NotReady(
+                f"the process of the model {self._spec.name!r} has died too often: see the log, "
+                f"and RestartPolicy",
+                retry_after=retry_after(pause),
+            )
         try:
             self.open(self._lost)
         except Exception as error:

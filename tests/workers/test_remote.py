@@ -325,6 +325,17 @@ def test_never_begun(make: Make) -> None:
         replica.call(len)
 
 
+def test_too_many_die_before_they_begin(make: Make) -> None:
+    """Calls that are sent again start no more processes than the policy bears."""
+    policy = RestartPolicy(max_restarts=1)
+    replica = make(die_before_it_begins, restart=policy)
+    with pytest.raises(NotReady, match="has died too often") as caught:
+        replica.call(len)
+    assert len(replica.links) == 2
+    assert caught.value.retry_after >= policy.recover_after
+    assert replica.restarts.broken
+
+
 def test_gone_before_it_is_sent(make: Make) -> None:
     """A process that has gone while nobody looked is noticed when something is to be sent."""
     replica = make(echo)
