@@ -273,7 +273,8 @@ class InferenceThread:
             self._open_replica(slot, replica)
         except BaseException as error:  # whatever it is, it is tried again
             traceback.clear_frames(error.__traceback__)
-            logger.warning("the model of %r did not load again: %s", name, describe(error))
+            if not self._stopping:
+                logger.warning("the model of %r did not load again: %s", name, describe(error))
 
     def _open_replica(self, slot: Slot, replica: Replica) -> None:
         with self._lock:
