@@ -24,7 +24,6 @@ from ._page import ControlPage
 from ._protocol import ModelSpec, Steps, Used
 from .thread import ThreadReplica
 
-
 _FORKED = (
     "a process that the model has forked came back from the model's code, and is ended: let it "
     "end there, with os._exit(), or use subprocess or multiprocessing"
@@ -132,7 +131,7 @@ class Host:
             try:
                 if sys.exc_info()[0] is not None:
                     traceback.print_exc()
-                print(_FORKED, file=sys.stderr)
+                sys.stderr.write(f"{_FORKED}\n")
             finally:
                 os._exit(1)
 

@@ -542,15 +542,17 @@ def test_library_imported_later(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("beside", [None, list(range(INLINE))], ids=["inline", "all in memory"])
 def test_digest(beside: Any) -> None:
     """The same body has the same digest, whatever was in that memory before, and no other has."""
-    encoder = Wire().encoder
+    wire = Wire()
+    encoder = wire.encoder
 
     def digest(last: int) -> bytes:
         odd = np.zeros(LARGE + 1, np.uint8)
         odd[-1] = last
-        return encoder.encode([odd, odd, beside]).digest()
+        return encoder.encode([odd, odd.copy(), beside]).digest()
 
     before = digest(1)
     encoder.encode(np.full(3 * LARGE, 255, np.uint8))
     assert digest(1) == before
     assert digest(2) != before
     assert encoder.encode(1).digest() != encoder.encode(2).digest()
+    wire.segments.close()
