@@ -127,7 +127,7 @@ class Host:
         """End a process that the model has forked, and that comes back from the model's code: it
         would take requests, and reply to them, in the place of this one.
         """
-        if os.getpid() != self._process:
+        if os.getpid() != self._process:  # pragma: no cover  # there, which is not measured
             try:
                 if sys.exc_info()[0] is not None:
                     traceback.print_exc()

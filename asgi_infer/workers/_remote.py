@@ -474,8 +474,8 @@ class RemoteReplica:
             raise Died from None
         except ValueError as error:
             # The model has written there, by a descriptor that it took for its own.
-            name = self._spec.name
-            logger.error("the process of %r is killed: %s", name, error)  # noqa: TRY400  # expected
+            text = f"the process of the model {self._spec.name!r} is killed: {error}"
+            logger.error(text)  # noqa: TRY400  # the text says it all
             link.kill()
             raise Died from None
 

@@ -548,7 +548,7 @@ def test_digest(beside: Any) -> None:
     def digest(last: int) -> bytes:
         odd = np.zeros(LARGE + 1, np.uint8)
         odd[-1] = last
-        return encoder.encode([odd, odd, beside]).digest()
+        return encoder.encode([odd, odd.copy(), beside]).digest()
 
     before = digest(1)
     encoder.encode(np.full(3 * LARGE, 255, np.uint8))
