@@ -30,7 +30,7 @@ from ._codec import (
     decode,
     main_here,
 )
-from ._protocol import Used
+from ._protocol import NOTHING_USED, Used
 from ._segments import MOST, Mapped, Segments
 
 
@@ -150,7 +150,8 @@ class Channel:
         """
         if encoded is None:
             encoded = _EMPTY
-        flags, tail, descriptor = encoded.flags, encoded.tail, encoded.descriptor
+        flags, tail = encoded.flags, encoded.tail
+        descriptor = encoded.descriptor if flags & HAS_LAYOUT else None
         if deadline is not None:
             flags |= _HAS_DEADLINE
         if used is not None:
@@ -169,7 +170,7 @@ class Channel:
             number,
             stream,
             deadline or 0.0,
-            *(used or _NOTHING_USED),
+            *(used or NOTHING_USED),
         )
         self._transmit(head + tail, descriptor)
         if dropped or lost:
@@ -311,7 +312,6 @@ def _refuse(size: int) -> NoReturn:
 
 _KINDS = tuple(Kind)
 _EMPTY = Encoded(b"")
-_NOTHING_USED = Used(0, 0, 0.0)
 
 # kind, flags, numbers of dropped and of lost segments, length of the tail, and what a message
 # tells. The tail: indices of those segments, the layout, the pickle stream.

@@ -31,7 +31,7 @@ from ._errors_across import unpack_error
 from ._host import refer
 from ._latch import Latch
 from ._page import ControlPage
-from ._protocol import ModelSpec, Steps, Used
+from ._protocol import NOTHING_USED, ModelSpec, Steps, Used
 from .thread import leak
 
 logger = logging.getLogger("asgi_infer")
@@ -42,7 +42,6 @@ _FAREWELL = 5.0  # seconds that it gets for ending by itself
 _ATTEMPTS = 3  # to send a call to a process that dies before it begins with it
 _CRASHES = 2  # of one call, after which it is not run again
 _REMEMBERED = 256  # calls that have crashed
-_NOTHING_USED = Used()
 # Until Python 3.12 an attribute of an enum takes longer than anything else that is looked up here.
 _EXECUTE, _RESULT = Kind.EXECUTE, Kind.RESULT
 
@@ -141,7 +140,7 @@ class RemoteReplica:
         self._lost: Callable[[], object] = _nothing
         self._number = 0  # of the latest request
         self._streams = 0  # how many have begun
-        self._used = _NOTHING_USED
+        self._used = NOTHING_USED
         self._used_before = self._used  # in processes that are gone
         self._poison = Poison()
         # Asking for descriptors takes longer than to wait for them: they are asked for again when
@@ -410,7 +409,11 @@ class RemoteReplica:
 
     def _value(self, reply: Message) -> Any:
         if reply.kind is _RESULT:
-            return _result(reply)
+            try:
+                return reply.body()
+            except Exception as error:
+                error.add_note("(raised where the call's result was unpickled)")
+                raise
         if reply.kind is Kind.SKIPPED:
             raise CallCancelled("nobody waited for this call any more when its turn came")
         error = unpack_error(reply.body())
@@ -456,18 +459,14 @@ class RemoteReplica:
             except (EOFError, OSError):
                 raise Died from None
             if reply is not None:
-                self._note_use(reply.used)
+                if reply.used is not None:
+                    self._used = reply.used.after(self._used_before)
                 return reply
             if not alive:  # what it had to say before its death has been read
                 raise Died
             if not ready:
                 raise Overran
             alive = self._attend(link)
-
-    def _note_use(self, used: Used | None) -> None:
-        if used is not None:
-            before = self._used_before
-            self._used = used if before is _NOTHING_USED else used.after(before)
 
     def _descriptors_of(self, link: Link) -> tuple[int, ...]:
         """What to wait for while something is done over there."""
@@ -616,14 +615,6 @@ class RemoteSteps:
     def close(self) -> None:
         """Run its ``finally`` blocks, if the process in which it has begun is still there."""
         self._replica.end(self._link, self._stream)
-
-
-def _result(reply: Message) -> Any:
-    try:
-        return reply.body()
-    except Exception as error:
-        error.add_note("(raised where the call's result was unpickled)")
-        raise
 
 
 def _nothing() -> NoReturn:
