@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import pickle
 import socket
 import struct
 from array import array
@@ -29,7 +30,7 @@ from ._codec import (
     decode,
     main_here,
 )
-from ._protocol import Used
+from ._protocol import NOTHING_USED, Used
 from ._segments import MOST, Mapped, Segments
 
 
@@ -116,9 +117,7 @@ class Channel:
         self._segments = Segments()
         self._mapped = Mapped()
         self._encoder = Encoder(self._segments, dispatch)
-        self._inbox = bytearray(_LONGEST)
-        self._view = memoryview(self._inbox)
-        self._arrived = 0  # bytes in the inbox
+        self._inbox = b""  # what has arrived, and is no complete message yet
         self._descriptors: deque[int] = deque()  # arrived, and not mapped yet
 
     def fileno(self) -> int:
@@ -149,24 +148,36 @@ class Channel:
 
         :raises OSError: the other side has gone
         """
-        encoded = encoded or _EMPTY
-        flags = encoded.flags
+        if encoded is None:
+            encoded = _EMPTY
+        flags, tail = encoded.flags, encoded.tail
+        descriptor = encoded.descriptor if flags & HAS_LAYOUT else None
         if deadline is not None:
             flags |= _HAS_DEADLINE
         if used is not None:
             flags |= _HAS_USED
-        descriptor = encoded.descriptor
         if descriptor is not None:
             flags |= _NEW_SEGMENT
-        tail, dropped, lost = encoded.tail, self._segments.tidy(), self._mapped.lost
+        dropped, lost = self._segments.tidy(), self._mapped.lost
         if dropped or lost:
             tail = array("I", dropped + lost).tobytes() + tail
-        counts = len(dropped), len(lost), len(tail)
-        details = number, stream, deadline or 0.0, *(used or _NOTHING_USED)
-        self._transmit(_HEAD.pack(kind, flags, *counts, *details) + tail, descriptor)
-        dropped.clear()
-        lost.clear()
-        encoded.sent()
+        head = _HEAD.pack(
+            kind,
+            flags,
+            len(dropped),
+            len(lost),
+            len(tail),
+            number,
+            stream,
+            deadline or 0.0,
+            *(used or NOTHING_USED),
+        )
+        self._transmit(head + tail, descriptor)
+        if dropped or lost:
+            dropped.clear()
+            lost.clear()
+        if encoded.flags & HAS_LAYOUT:
+            encoded.sent()
 
     def receive(self) -> Message:
         """Wait for a message.
@@ -174,9 +185,9 @@ class Channel:
         :raises EOFError: the other side has closed its end, or has died, perhaps half-way
         :raises ValueError: what has come is no message
         """
-        message = self._next() if self._arrived else None
+        message = self._next() if self._inbox else None
         while message is None:
-            self._read(0)
+            self._read(_CLOEXEC)
             message = self._next()
         return message
 
@@ -186,10 +197,10 @@ class Channel:
         :raises EOFError: the other side has closed its end, or has died, perhaps half-way
         :raises ValueError: what has come is no message
         """
-        message = self._next() if self._arrived else None
+        message = self._next() if self._inbox else None
         try:
             while message is None:
-                self._read(socket.MSG_DONTWAIT)
+                self._read(_CLOEXEC_DONTWAIT)
                 message = self._next()
         except BlockingIOError:
             return None
@@ -215,42 +226,48 @@ class Channel:
             self._sock.sendall(data[sent:])
 
     def _read(self, flags: int) -> None:
-        place = self._view[self._arrived :] if self._arrived else self._view
         try:
-            size, extras, _, _ = self._sock.recvmsg_into([place], _RIGHTS, flags | _CLOEXEC)
+            data, extras, _, _ = self._sock.recvmsg(_LONGEST, _RIGHTS, flags)
         except ConnectionResetError:  # it died with something unread
-            size, extras = 0, []
-        for _, _, data in extras:
-            self._descriptors.extend(array("i", data))
-        if not size:
-            where = " in the middle of a message" if self._arrived else ""
+            data, extras = b"", []
+        if extras:
+            for _, _, rights in extras:
+                self._descriptors.extend(array("i", rights))
+        if not data:
+            where = " in the middle of a message" if self._inbox else ""
             raise EOFError(f"the other side has gone{where}")
-        self._arrived += size
+        self._inbox = self._inbox + data if self._inbox else data
 
     def _next(self) -> Message | None:
         """The message at the start of the inbox, if it is complete."""
-        if self._arrived < _HEAD.size:
+        inbox = self._inbox
+        if len(inbox) < _HEAD.size:
             return None
-        kind, flags, dropped, lost, length, *details = _HEAD.unpack_from(self._inbox)
+        kind, flags, dropped, lost, length, number, stream, deadline, *used = _HEAD.unpack_from(
+            inbox
+        )
         end = _HEAD.size + length
         if kind >= len(_KINDS) or end > _LONGEST:
-            raise ValueError(f"this is not the start of a message: {bytes(self._inbox[:16])!r}")
-        if self._arrived < end:
+            raise ValueError(f"this is not the start of a message: {inbox[:16]!r}")
+        if len(inbox) < end:
             return None
-        tail = bytes(self._view[_HEAD.size : end])
-        self._arrived -= end
-        if self._arrived:  # more, from a side that does not wait for its turn
-            self._inbox[: self._arrived] = self._inbox[end : end + self._arrived]
+        self._inbox = inbox[end:]  # more, from a side that does not wait for its turn
+        tail = inbox[_HEAD.size : end]
         if dropped or lost:
             tail = self._take_notes(tail, dropped, lost)
-        number, stream, deadline, switches, faults, seconds = details
-        size, read = self._body(flags, tail)
+        size = len(tail)
+        read: Callable[[], Any] = _nothing
+        if flags & (HAS_LAYOUT | ASKS_MAIN):
+            size, read = self._body(flags, tail)
+        elif tail:  # the usual case
+            read = partial(pickle.loads, tail)
         return Message(
             _KINDS[kind],
             number,
             stream,
             deadline if flags & _HAS_DEADLINE else None,
-            Used(switches, faults, seconds) if flags & _HAS_USED else None,
+            # As Used(*used), which runs a function of Python.
+            tuple.__new__(Used, used) if flags & _HAS_USED else None,
             size,
             read,
         )
@@ -270,7 +287,7 @@ class Channel:
         """How large the body is, and what reads it."""
         main = self._main if flags & ASKS_MAIN else None
         if not flags & HAS_LAYOUT:
-            return len(tail), partial(decode, tail, main) if tail else _nothing
+            return len(tail), partial(decode, tail, main)
         layout, inline = Layout(*LAYOUT.unpack_from(tail)), tail[LAYOUT.size :]
         if flags & _NEW_SEGMENT:
             descriptor = self._descriptors.popleft() if self._descriptors else None
@@ -295,7 +312,6 @@ def _refuse(size: int) -> NoReturn:
 
 _KINDS = tuple(Kind)
 _EMPTY = Encoded(b"")
-_NOTHING_USED = Used(0, 0, 0.0)
 
 # kind, flags, numbers of dropped and of lost segments, length of the tail, and what a message
 # tells. The tail: indices of those segments, the layout, the pickle stream.
@@ -306,3 +322,4 @@ _HAS_DEADLINE, _HAS_USED, _NEW_SEGMENT = 4, 8, 16  # beside the flags of a body
 
 _RIGHTS = socket.CMSG_SPACE(4 * 8)
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # not on macOS
+_CLOEXEC_DONTWAIT = _CLOEXEC | socket.MSG_DONTWAIT

@@ -28,6 +28,8 @@ _FORKED = (
     "a process that the model has forked came back from the model's code, and is ended: let it "
     "end there, with os._exit(), or use subprocess or multiprocessing"
 )
+# Until Python 3.12 an attribute of an enum takes longer than anything else that is looked up here.
+_EXECUTE, _NEXT, _RESULT, _STOP = Kind.EXECUTE, Kind.NEXT, Kind.RESULT, Kind.STOP
 
 
 class Request:
@@ -38,6 +40,8 @@ class Request:
         processes of a machine share
     :param page: where the caller's side says that nobody waits
     """
+
+    __slots__ = ("_deadline", "_number", "_page")
 
     def __init__(self, number: int, deadline: float | None, page: ControlPage) -> None:
         self._number = number
@@ -78,8 +82,11 @@ class Host:
 
     def execute(self, request: Awaited, work: Work) -> Any:
         """Call a function; return its result."""
-        with_request = partial(self._replica.execute, work, Context())
-        return self._run(request, with_request)
+        self._request = request
+        try:
+            return self._replica.execute(work, Context())
+        finally:
+            self._request = None
 
     def iterate(self, request: Awaited, stream: int, work: Work) -> None:
         """Call a function that returns a generator, which is known as ``stream`` from then on."""
@@ -164,8 +171,14 @@ def count_from(so_far: Used) -> None:
 def _used_beside(other: Used) -> Used:
     switches, faults, seconds = other
     counted = thread_usage()
-    return Used(
-        counted.ru_nvcsw - switches, counted.ru_minflt - faults, time.process_time() - seconds
+    # As Used(...), which runs a function of Python.
+    return tuple.__new__(
+        Used,
+        (
+            counted.ru_nvcsw - switches,
+            counted.ru_minflt - faults,
+            time.process_time() - seconds,
+        ),
     )
 
 
@@ -206,7 +219,7 @@ def _open(channel: Channel) -> Host | None:
 def _answer_one(host: Host, channel: Channel, page: ControlPage) -> bool:
     # In a function of its own: what came and went must not stay alive until the next one.
     message = channel.receive()
-    if message.kind is Kind.STOP:
+    if message.kind is _STOP:
         _stop(host, channel, message)
         return False
     answer(host, channel, page, message)
@@ -228,33 +241,32 @@ def answer(host: Host, channel: Channel, page: ControlPage, message: Message) ->
     request = Request(number, message.deadline, page)
     page.started = number
     try:
-        encoded = _encode(channel, perform(host, request, message))
+        value = perform(host, request, message)
+        encoded = None if value is None else _encode(channel, value)
     except StopIteration as end:
-        if message.kind is Kind.NEXT:
+        if message.kind is _NEXT:
             channel.send(Kind.END, number=number, used=used())
         else:
             reply_error(channel, end, number)
     except BaseException as error:
         reply_error(channel, error, number)
     else:
-        channel.send(Kind.RESULT, encoded, number=number, used=used())
+        channel.send(_RESULT, encoded, number=number, used=used())
 
 
 def perform(host: Host, request: Request, message: Message) -> Any:
     """Do what a message asks for; return what comes of it."""
-    if message.kind is Kind.NEXT:
+    kind = message.kind
+    if kind is _EXECUTE:
+        return host.execute(request, _work(message))
+    if kind is _NEXT:
         return host.next(request, message.stream)
-    if message.kind is Kind.CLOSE:
+    if kind is Kind.CLOSE:
         return host.end(message.stream)
-    work = _work(message)
-    if message.kind is Kind.ITERATE:
-        return host.iterate(request, message.stream, work)
-    return host.execute(request, work)
+    return host.iterate(request, message.stream, _work(message))
 
 
-def _encode(channel: Channel, value: Any) -> Encoded | None:
-    if value is None:
-        return None
+def _encode(channel: Channel, value: Any) -> Encoded:
     try:
         return channel.encode(value)
     except Exception as error:

@@ -42,15 +42,15 @@ class Latch:
             one of the others is ready
         :raises ValueError: it is closed
         """
-        others = tuple(others)
-        if others != self._watched:
-            self._watch(others)
+        if others is not self._watched:
+            self._watch(tuple(others))
         wait = None if timeout < 0 else min(timeout * 1000, LONGEST)
-        if all(fd != self._fd for fd, _ in self._poll.poll(wait)):
-            return False
-        # A pipe holds no more than that: what was released many times is taken in one read.
-        os.read(self._fd, 8 if self._fd == self._end else 1 << 16)
-        return True
+        for fd, _ in self._poll.poll(wait):
+            if fd == self._fd:
+                # A pipe holds no more: what was released many times is taken in one read.
+                os.read(fd, 8 if fd == self._end else 1 << 16)
+                return True
+        return False
 
     def release(self) -> None:
         """Let the thread that waits, or the next one that does, go on. Never blocks.
@@ -77,6 +77,8 @@ class Latch:
         self._watched = None
 
     def _watch(self, others: tuple[int, ...]) -> None:
+        if others == self._watched:
+            return
         poll = select.poll()
         for fd in (self._fd, *others):
             poll.register(fd, select.POLLIN)

@@ -38,11 +38,16 @@ class Used(NamedTuple):
 
     def after(self, earlier: Used, /) -> Used:
         """The sum with what had been counted before."""
+        if earlier is NOTHING_USED:  # the usual case
+            return self
         return Used(
             earlier.ru_nvcsw + self.ru_nvcsw,
             earlier.ru_minflt + self.ru_minflt,
             earlier.seconds + self.seconds,
         )
+
+
+NOTHING_USED = Used()
 
 
 class Steps(Protocol):

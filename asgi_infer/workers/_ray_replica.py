@@ -69,12 +69,12 @@ class RayReplica(RemoteReplica):
             link.kill()
 
     def _await(self, link: Link, limit: float | None) -> Message:
-        if self._interrupted.is_set():  # before there was anything to kill
+        if self._interrupted:  # before there was anything to kill
             link.kill()
         try:
             reply = _ray(link).channel.receive(limit)
         except Died:
-            if self._interrupted.is_set():
+            if self._interrupted:
                 raise Interrupted from None
             raise
         assert reply.used is not None  # noqa: S101  # an actor always tells
@@ -87,7 +87,7 @@ class RayReplica(RemoteReplica):
         Ray tells of an actor's death who asks. So the model that was lost while nobody called it
         is loaded again when somebody does, and the call has not been sent anywhere by then.
         """
-        if self._interrupted.is_set():
+        if self._interrupted:
             return False
         woken = latch.acquire(timeout, (self._interrupt.fileno(),))
         link = self._link

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import select
-import threading
 import time
 from abc import abstractmethod
 from collections import OrderedDict
@@ -32,7 +31,7 @@ from ._errors_across import unpack_error
 from ._host import refer
 from ._latch import LONGEST, Latch
 from ._page import ControlPage
-from ._protocol import ModelSpec, Steps, Used
+from ._protocol import NOTHING_USED, ModelSpec, Steps, Used
 from .thread import leak
 
 logger = logging.getLogger("asgi_infer")
@@ -44,6 +43,8 @@ _FAREWELL = 5.0  # seconds that it gets for ending by itself
 _ATTEMPTS = 3  # to send a call to a process that dies before it begins with it
 _CRASHES = 2  # of one call, after which it is not run again
 _REMEMBERED = 256  # calls that have crashed
+# Until Python 3.12 an attribute of an enum takes longer than anything else that is looked up here.
+_EXECUTE, _RESULT = Kind.EXECUTE, Kind.RESULT
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class RemoteReplica:
         self._lost: Callable[[], object] = _nothing
         self._number = 0  # of the latest request
         self._streams = 0  # how many have begun
-        self._used = Used()
+        self._used = NOTHING_USED
         self._used_before = self._used  # in processes that are gone
         self._poison = Poison()
         # Asking for descriptors takes longer than to wait for them: they are asked for again when
@@ -154,7 +155,7 @@ class RemoteReplica:
         self._poll = select.poll()
         # Written by the inference thread, read under the scheduler's lock.
         self._running: tuple[Call, int] | None = None
-        self._interrupted = threading.Event()
+        self._interrupted = False  # only ever set, by any thread
         self._interrupt = Latch()
         self.wake_up = RemoteLatch(self)
 
@@ -227,7 +228,7 @@ class RemoteReplica:
     def _see_off(self, link: Link) -> None:
         """The process is about to end by itself: give it time for that, and log what it says."""
         until = time.monotonic() + _FAREWELL
-        while link.attend() and not self._interrupted.is_set():
+        while link.attend() and not self._interrupted:
             left = until - time.monotonic()
             if left <= 0.0:
                 return
@@ -235,7 +236,7 @@ class RemoteReplica:
 
     def interrupt(self) -> None:
         """Nobody waits any more: end the process. From any thread."""
-        self._interrupted.set()
+        self._interrupted = True
         self._interrupt.release()
 
     def leave_behind(self) -> None:
@@ -264,12 +265,12 @@ class RemoteReplica:
         """
         del context  # variables of the caller's context stay on this side
         try:
-            reply = self._begin(Kind.EXECUTE, work)
+            reply = self._begin(_EXECUTE, work)
         except WorkerCrashed as crash:
-            if not self._worker.retry_crashed or self._interrupted.is_set():
+            if not self._worker.retry_crashed or self._interrupted:
                 raise
             try:
-                reply = self._begin(Kind.EXECUTE, work)
+                reply = self._begin(_EXECUTE, work)
             except NotReady:
                 raise crash from None
         return self._value(reply)
@@ -293,7 +294,7 @@ class RemoteReplica:
                 f"the process in which this stream ran has died, or was ended for another call's "
                 f"sake (model {self._spec.name!r})"
             )
-        reply = self._ask_for_call(Kind.NEXT, None, stream)
+        reply = self._ask_for_call(link, Kind.NEXT, None, stream)
         if reply.kind is Kind.END:
             raise StopIteration
         return self._value(reply)
@@ -301,7 +302,7 @@ class RemoteReplica:
     def end(self, link: Link, stream: int) -> None:
         """Close a generator; it is gone already if its process is."""
         if link is self._link:
-            self._value(self._ask_for_call(Kind.CLOSE, None, stream))
+            self._value(self._ask_for_call(link, Kind.CLOSE, None, stream))
 
     def counted(self) -> Used:
         """What was used up to the latest reply."""
@@ -314,10 +315,12 @@ class RemoteReplica:
     def _begin(self, kind: Kind, work: Work, stream: int = 0) -> Message:
         """Send a call; return the reply. Where none has begun with it, it is sent again."""
         for _ in range(_ATTEMPTS):
-            encoded = self._encode(work)
-            self._refuse_poison(work, encoded)
+            link = self._link or self._linked()
+            encoded = self._encode(link, work)
+            if self._poison.known:
+                self._refuse_poison(work, encoded)
             try:
-                return self._ask_for_call(kind, encoded, stream, work)
+                return self._ask_for_call(link, kind, encoded, stream, work)
             except NeverBegan:
                 continue
         raise NotReady(
@@ -325,9 +328,9 @@ class RemoteReplica:
             f"with {name_of(work[0])}"
         )
 
-    def _encode(self, work: Work) -> Encoded:
+    def _encode(self, link: Link, work: Work) -> Encoded:
         try:
-            return self._linked().channel.encode(work)
+            return link.channel.encode(work)
         except (NotReady, ForeignReference, OSError, MemoryError):
             raise
         except Exception as error:
@@ -338,6 +341,7 @@ class RemoteReplica:
 
     def _ask_for_call(
         self,
+        link: Link,
         kind: Kind,
         encoded: Encoded | None,
         stream: int,
@@ -347,14 +351,16 @@ class RemoteReplica:
 
         :param work: what has not begun before, if so
         """
-        link, limit = self._linked(), self._worker.hard_timeout
+        limit = self._worker.hard_timeout
         call = here.current_call and here.current_call()
-        call = call if isinstance(call, Call) else None
-        deadline = None if call is None else call.limit
-        if call is not None:
+        deadline = None
+        if isinstance(call, Call):
+            deadline = call.limit
             self._running = call, self._number + 1
             if call.departure is not None:  # in the very moment
                 self.notice(call)
+        else:
+            call = None
         try:
             return self._ask(link, kind, encoded, limit, deadline=deadline, stream=stream)
         except Died:
@@ -409,10 +415,14 @@ class RemoteReplica:
         return error
 
     def _value(self, reply: Message) -> Any:
+        if reply.kind is _RESULT:
+            try:
+                return reply.body()
+            except Exception as error:
+                error.add_note("(raised where the call's result was unpickled)")
+                raise
         if reply.kind is Kind.SKIPPED:
             raise CallCancelled("nobody waited for this call any more when its turn came")
-        if reply.kind is not Kind.RAISED:
-            return _result(reply)
         error = unpack_error(reply.body())
         try:
             raise error
@@ -447,8 +457,8 @@ class RemoteReplica:
         alive = True
         while True:
             left = None if until is None else max(0.0, until - time.monotonic())
-            ready = self._wait_on(self._descriptors_of(link), left)
-            if self._interrupted.is_set():
+            ready = self._wait_on(self._descriptors or self._descriptors_of(link), left)
+            if self._interrupted:
                 link.kill()
                 raise Interrupted
             reply = self._receive(link)
@@ -481,8 +491,7 @@ class RemoteReplica:
 
     def _descriptors_of(self, link: Link) -> tuple[int, ...]:
         """What to wait for while something is done over there."""
-        if self._descriptors is None:
-            self._descriptors = (self._interrupt.fileno(), link.channel.fileno(), *link.watched)
+        self._descriptors = (self._interrupt.fileno(), link.channel.fileno(), *link.watched)
         return self._descriptors
 
     def _attend(self, link: Link) -> bool:
@@ -500,10 +509,13 @@ class RemoteReplica:
     def idle(self, latch: Latch, timeout: float) -> bool:
         """Sleep until the latch is released, and see to what else comes. See ``RemoteLatch``."""
         until = None if timeout < 0 else time.monotonic() + timeout
-        while not self._interrupted.is_set():
+        while not self._interrupted:
             link = self._link
             left = -1.0 if until is None else max(0.0, until - time.monotonic())
-            others = (self._interrupt.fileno(),) if link is None else self._descriptors_of(link)
+            if link is None:
+                others: tuple[int, ...] = (self._interrupt.fileno(),)
+            else:
+                others = self._descriptors or self._descriptors_of(link)
             if latch.acquire(left, others):
                 return True
             if link is not None and not self._still_there(link):
@@ -641,14 +653,6 @@ class RemoteSteps:
     def close(self) -> None:
         """Run its ``finally`` blocks, if the process in which it has begun is still there."""
         self._replica.end(self._link, self._stream)
-
-
-def _result(reply: Message) -> Any:
-    try:
-        return reply.body()
-    except Exception as error:
-        error.add_note("(raised where the call's result was unpickled)")
-        raise
 
 
 def _nothing() -> NoReturn:
