@@ -418,8 +418,8 @@ class RemoteReplica:
         if reply.kind is _RESULT:
             try:
                 return reply.body()
-            except Exception as error:
-                error.add_note("(raised where the call's result was unpickled)")
+            except Exception as unreadable:
+                unreadable.add_note("(raised where the call's result was unpickled)")
                 raise
         if reply.kind is Kind.SKIPPED:
             raise CallCancelled("nobody waited for this call any more when its turn came")
