@@ -13,7 +13,6 @@ import logging
 import select
 import time
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import KW_ONLY, dataclass
@@ -31,6 +30,7 @@ from ._errors_across import unpack_error
 from ._host import refer
 from ._latch import LONGEST, Latch
 from ._page import ControlPage
+from ._poison import CRASHES, FORGOTTEN_AFTER, poison_of
 from ._protocol import NOTHING_USED, ModelSpec, Steps, Used
 from .thread import leak
 
@@ -41,8 +41,6 @@ _PAUSE = 0.02  # seconds without a word, after which it has written all of them
 _LONGEST = 0.5  # seconds for all of that: it may write other things without end
 _FAREWELL = 5.0  # seconds that it gets for ending by itself
 _ATTEMPTS = 3  # to send a call to a process that dies before it begins with it
-_CRASHES = 2  # of one call, after which it is not run again
-_REMEMBERED = 256  # calls that have crashed
 # Until Python 3.12 an attribute of an enum takes longer than anything else that is looked up here.
 _EXECUTE, _RESULT = Kind.EXECUTE, Kind.RESULT
 
@@ -147,7 +145,7 @@ class RemoteReplica:
         self._streams = 0  # how many have begun
         self._used = NOTHING_USED
         self._used_before = self._used  # in processes that are gone
-        self._poison = Poison()
+        self._poison = poison_of(spec)  # all replicas of the runner share it
         # Asking for descriptors takes longer than to wait for them: they are asked for again when
         # something has been seen to, or the link is another.
         self._descriptors: tuple[int, ...] | None = None
@@ -578,42 +576,15 @@ class RemoteReplica:
     # -- calls that crash ----------------------------------------------------------------------
 
     def _refuse_poison(self, work: Work, encoded: Encoded) -> None:
-        if self._poison.known and encoded.digest() in self._poison:
+        digest = encoded.digest()
+        if self._poison.refuses(digest):
             error = WorkerCrashed(
                 f"{name_of(work[0])} with these arguments has crashed the process of the model "
-                f"{self._spec.name!r} {_CRASHES} times, and is not run again"
+                f"{self._spec.name!r} {CRASHES} times, and is not run again"
             )
-            if self._poison.is_news(encoded.digest()):
-                logger.warning("%s until the runner is stopped", error)
+            if self._poison.is_news(digest):
+                logger.warning("%s for %g s", error, FORGOTTEN_AFTER)
             raise error
-
-
-class Poison:
-    """Calls that have crashed their processes, and how often. The latest ones are remembered.
-
-    :ivar known: whether there is one that is not to be run again
-    """
-
-    def __init__(self) -> None:
-        self._crashes: OrderedDict[bytes, int] = OrderedDict()
-        self.known = False
-
-    def add(self, digest: bytes) -> None:
-        """A call has crashed its process."""
-        count = self._crashes[digest] = self._crashes.pop(digest, 0) + 1
-        while len(self._crashes) > _REMEMBERED:
-            self._crashes.popitem(last=False)
-        self.known |= count >= _CRASHES
-
-    def is_news(self, digest: bytes) -> bool:
-        """Whether that nobody has been told that it is not run again; from now on somebody has."""
-        news = self._crashes[digest] == _CRASHES
-        self._crashes[digest] += 1
-        return news
-
-    def __contains__(self, digest: bytes) -> bool:
-        """Whether it is not to be run again."""
-        return self._crashes.get(digest, 0) >= _CRASHES
 
 
 class RemoteLatch:
