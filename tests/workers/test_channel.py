@@ -234,7 +234,7 @@ def test_no_message(sockets: Any, ends: Ends) -> None:
     sockets[0].send(b"\xff" * 100)
     with pytest.raises(ValueError, match=r"not the start of a message: b'\\xff"):
         ends[1].receive()
-    ends[1]._arrived = 0
+    ends[1]._inbox = b""
     sockets[0].send(_channel._HEAD.pack(1, 0, 0, 0, 2**31, 0, 0, 0.0, 0, 0, 0.0))
     with pytest.raises(ValueError, match="not the start of a message"):
         ends[1].receive()
