@@ -414,11 +414,7 @@ class RemoteReplica:
 
     def _value(self, reply: Message) -> Any:
         if reply.kind is _RESULT:
-            try:
-                return reply.body()
-            except Exception as unreadable:
-                unreadable.add_note("(raised where the call's result was unpickled)")
-                raise
+            return _result(reply)
         if reply.kind is Kind.SKIPPED:
             raise CallCancelled("nobody waited for this call any more when its turn came")
         error = unpack_error(reply.body())
@@ -624,6 +620,14 @@ class RemoteSteps:
     def close(self) -> None:
         """Run its ``finally`` blocks, if the process in which it has begun is still there."""
         self._replica.end(self._link, self._stream)
+
+
+def _result(reply: Message) -> Any:
+    try:
+        return reply.body()
+    except Exception as error:
+        error.add_note("(raised where the call's result was unpickled)")
+        raise
 
 
 def _nothing() -> NoReturn:
