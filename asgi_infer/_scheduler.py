@@ -190,11 +190,7 @@ class Scheduler:
         """
         slot = slot or self.slots[0]
         while True:
-            call, over = None, False
-            if slot.at_rest:
-                slot.at_rest = False
-            else:
-                call, over = self.poll(slot, sleep=True)
+            call, over = self.poll(slot, sleep=True)
             if over:
                 return None
             if call is None:
@@ -290,12 +286,9 @@ class Scheduler:
                 self._resting.append(slot)
             self._sleep_among(self._resting, slot, left)
 
-    def finish(
-        self, call: Call, value: object, error: BaseException | None, *, sleep: bool = False
-    ) -> Call | None:
+    def finish(self, call: Call, value: object, error: BaseException | None) -> Call | None:
         """The function has ended: close the books on ``call``, and settle it if it is awaited.
 
-        :param sleep: if no call is waiting, the thread is going to ask ``take`` for one
         :returns: the next call, claimed as by ``take``, if one is waiting
         """
         call.ended = ended = self.clock()
@@ -309,8 +302,6 @@ class Scheduler:
             slot = call.slot
             slot.running = None
             following = self._claim(slot, ended)
-            if sleep and following is None:
-                self._lay_down(slot)
         if awaited:
             call.port.post(call.waiter)
         return _running_or_posted(following)
@@ -472,16 +463,6 @@ class Scheduler:
         if leaves_it and not any(each.woken for each in self.slots):
             return self._woken()
         return None
-
-    def _lay_down(self, slot: Slot) -> None:
-        """Note that the thread of ``slot`` sleeps, which is about to wake a caller.
-
-        It contends with that one for the GIL until it does, so it is not to look for a call once
-        more after that.
-        """
-        if not (slot.down or self._stopped or self._idle_waiters):
-            slot.at_rest = True
-            self._idle.append(slot)
 
     def _rouse(self, sleepers: list[Slot]) -> None:
         """Wake them all, since it may be time to stop."""

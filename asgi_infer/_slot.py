@@ -41,13 +41,11 @@ class Slot:
     :ivar down: nothing can run here for now: the worker's model has gone
     :ivar broken: it has gone too often, and nothing is going to run here for some time
     :ivar woken: its thread was woken for a call, and has not come to look for one yet
-    :ivar at_rest: its thread is noted for one that sleeps, and is about to; that thread's own
     :ivar wake_up: what the thread sleeps on; set before it takes its first call
     :ivar notice: called with who runs here when its caller has left; set likewise
     """
 
     __slots__ = (
-        "at_rest",
         "broken",
         "down",
         "look_again",
@@ -73,7 +71,6 @@ class Slot:
         self.down = False
         self.broken = False
         self.woken = False
-        self.at_rest = False
         self.wake_up: Latch = threading.Lock()
         self.wake_up.acquire()
         self.notice: Callable[[Call], None] | None = None

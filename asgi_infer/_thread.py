@@ -357,7 +357,7 @@ class InferenceThread:
             else:
                 value, error = run_call(replica, self.scheduler, call)
                 watch.end(call)
-                call = self.scheduler.finish(call, value, error, sleep=True)
+                call = self.scheduler.finish(call, value, error)
                 del value, error  # the caller's now, and its traceback refers to this frame
             if watch.news is not None:
                 watch.attend()

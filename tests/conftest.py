@@ -24,6 +24,7 @@ from asgi_infer._statistics import Counters
 from asgi_infer.native import procfs
 
 from .gates import LIMIT, Gate
+from .workers import ray_cluster  # noqa: F401  # sets what Ray reads when it is first imported
 
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "asyncio": ("asyncio", {"use_uvloop": False}),

@@ -457,7 +457,7 @@ def test_the_loop_itself_fails(started: Bench, monkeypatch: pytest.MonkeyPatch) 
     running, waiting = started.submit(gate, 1), started.submit(abs, -2)
     gate.wait_entered()
 
-    def broken(*args: object, **options: object) -> NoReturn:
+    def broken(*args: object) -> NoReturn:
         raise MemoryError
 
     monkeypatch.setattr(started.scheduler, "finish", broken)
@@ -724,7 +724,7 @@ def test_loop_of_one_thread_fails(make_crew: MakeCrew, monkeypatch: pytest.Monke
         gate.wait_entered()
     finish = crew.scheduler.finish
 
-    def broken(call: Call, *args: Any, sleep: bool) -> Call | None:
+    def broken(call: Call, *args: Any) -> Call | None:
         if call.slot.number:
             raise MemoryError
         return finish(call, *args, sleep=sleep)

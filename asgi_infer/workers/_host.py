@@ -87,6 +87,7 @@ class Host:
             return self._replica.execute(work, Context())
         finally:
             self._request = None
+            self._only_here()
 
     def iterate(self, request: Awaited, stream: int, work: Work) -> None:
         """Call a function that returns a generator, which is known as ``stream`` from then on."""

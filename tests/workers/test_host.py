@@ -216,9 +216,9 @@ def test_streams(client: Client) -> None:
     steps = [client.value(client.ask(Kind.NEXT, stream=stream)) for stream in (1, 2, 2)]
     assert steps == [0, 0, 1]
     assert client.ask(Kind.NEXT, stream=2).kind is Kind.END
-    assert log == ["made", "closed"]
+    assert log.count("closed") == 1
     client.value(client.ask(Kind.CLOSE, stream=1))
-    assert log == ["made", "closed", "closed"]
+    assert log.count("closed") == 2
     client.value(client.ask(Kind.CLOSE, stream=1))  # nothing is left to do
 
 
