@@ -727,7 +727,7 @@ def test_loop_of_one_thread_fails(make_crew: MakeCrew, monkeypatch: pytest.Monke
     def broken(call: Call, *args: Any) -> Call | None:
         if call.slot.number:
             raise MemoryError
-        return finish(call, *args, sleep=sleep)
+        return finish(call, *args)
 
     monkeypatch.setattr(crew.scheduler, "finish", broken)
     for gate in gates:
