@@ -372,6 +372,8 @@ class RemoteReplica:
         except Interrupted:
             self._lose()
             raise WorkerCrashed("the runner was stopped, and its process with it") from None
+        except CallCancelled:
+            raise  # the function has ended, of that
         except BaseException:
             self._lose()  # its reply would be taken for the next call's
             raise
