@@ -260,6 +260,18 @@ def test_given_up_together() -> None:
     assert [leader.given_up(9.0), leader.given_up(10.0)] == [False, True]
 
 
+def test_limit() -> None:
+    """A batch is waited for until the latest of its deadlines; for ever if one has none."""
+    leader, late, patient = (
+        make_batch_call(make_function(), deadline=deadline) for deadline in (3.0, 10.0, None)
+    )
+    assert leader.limit == 3.0
+    leader.together = [leader, late]
+    assert leader.limit == 10.0
+    leader.together = [leader, late, patient]
+    assert leader.limit is None
+
+
 # -- which calls share a batch -----------------------------------------------------------------
 
 

@@ -833,6 +833,15 @@ def test_stop_while_it_loads(make_crew: MakeCrew) -> None:
     assert crew.thread.join(LIMIT)
 
 
+def test_stopped_before_it_starts(make_crew: MakeCrew) -> None:
+    """Nor is one that nobody has waited for from the start."""
+    crew = make_crew(1)
+    crew.thread.stop_soon()
+    crew.thread.start()
+    assert crew.thread.join(LIMIT)
+    assert crew.replicas.made[0].interrupted.is_set()
+
+
 def test_lost_again_and_again(make_crew: MakeCrew) -> None:
     """With calls all the while: none of them is lost with it, however the two meet."""
     crew = make_crew(2)

@@ -176,8 +176,7 @@ class Channel:
         if dropped or lost:
             dropped.clear()
             lost.clear()
-        if encoded.flags & HAS_LAYOUT:
-            encoded.sent()
+        encoded.sent()
 
     def receive(self) -> Message:
         """Wait for a message.

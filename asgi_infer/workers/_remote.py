@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from .._call import Call, Work, here
 from .._checks import check_seconds
@@ -349,26 +349,14 @@ class RemoteReplica:
 
         :param work: what has not begun before, if so
         """
-        limit = self._worker.hard_timeout
-        call = here.current_call and here.current_call()
-        deadline = None
-        if isinstance(call, Call):
-            deadline = call.limit
-            self._running = call, self._number + 1
-            if call.departure is not None:  # in the very moment
-                self.notice(call)
-        else:
-            call = None
+        limit, call = self._worker.hard_timeout, self._announce()
+        deadline = None if call is None else call.limit
         try:
             return self._ask(link, kind, encoded, limit, deadline=deadline, stream=stream)
         except Died:
-            if work is not None and link.page.started != self._number:
-                self._crashed(link, "before it began with the next call", None)
-                raise NeverBegan from None
-            name = "a call" if call is None else call.name
-            raise self._crashed(link, f"while {name} ran", work) from None
+            raise self._gone(link, call, work) from None
         except Overran:
-            raise self._overran(link, "a call" if call is None else call.name) from None
+            raise self._overran(link, _name(call)) from None
         except Interrupted:
             self._lose()
             raise WorkerCrashed("the runner was stopped, and its process with it") from None
@@ -379,6 +367,23 @@ class RemoteReplica:
             raise
         finally:
             self._running = None
+
+    def _announce(self) -> Call | None:
+        """The call that is about to be asked for; from now on it is noticed if its caller leaves."""
+        call = here.current_call and here.current_call()
+        if not isinstance(call, Call):
+            return None
+        self._running = call, self._number + 1
+        if call.departure is not None:  # in the very moment
+            self.notice(call)
+        return call
+
+    def _gone(self, link: Link, call: Call | None, work: Work | None) -> Exception:
+        """What is to be raised when the process has died."""
+        if work is not None and link.page.started != self._number:
+            self._crashed(link, "before it began with the next call", None)
+            return NeverBegan()
+        return self._crashed(link, f"while {_name(call)} ran", work)
 
     def _crashed(self, link: Link, when: str, work: Work | None) -> WorkerCrashed:
         if work is not None:
@@ -624,6 +629,10 @@ class RemoteSteps:
         self._replica.end(self._link, self._stream)
 
 
+def _name(call: Call | None) -> str:
+    return "a call" if call is None else call.name
+
+
 def _result(reply: Message) -> Any:
     try:
         return reply.body()
@@ -632,8 +641,8 @@ def _result(reply: Message) -> Any:
         raise
 
 
-def _nothing() -> NoReturn:
-    raise NotImplementedError
+def _nothing() -> None:
+    """Nobody is told of a loss before the replica is opened."""
 
 
 def reduce_reference(spec: ModelSpec) -> Callable[[ModelReference], Any]:
