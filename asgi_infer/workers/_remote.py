@@ -369,7 +369,7 @@ class RemoteReplica:
             self._running = None
 
     def _announce(self) -> Call | None:
-        """The call that is about to be asked for; from now on it is noticed if its caller leaves."""
+        """The call that is about to run; from now on it is noticed if its caller leaves."""
         call = here.current_call and here.current_call()
         if not isinstance(call, Call):
             return None
