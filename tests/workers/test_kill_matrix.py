@@ -54,7 +54,8 @@ def anyio_backend() -> Any:
     return BACKENDS["asyncio"]
 
 
-@pytest.fixture(params=list(WORKERS))
+# The shared model's process is killed in other tests as well; here it takes half a minute.
+@pytest.fixture(params=["process", pytest.param("shared", marks=pytest.mark.soak)])
 def worker_name(request: pytest.FixtureRequest) -> str:
     """Each in turn."""
     return str(request.param)
