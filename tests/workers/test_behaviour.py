@@ -632,7 +632,7 @@ async def test_running_past_the_deadline(
     """A deadline that passes while the call runs: ``started=True``; the call as above."""
     noticed, books = make.event(), Books(runner)
     with pytest.raises(DeadlineExceeded) as caught:
-        await runner.run(functions.notice, gate, noticed, timeout=SOON)
+        await runner.run(functions.notice, gate, noticed, LIMIT, timeout=SOON)
     assert caught.value.started is True
     await slot_is_held(runner, gate)
     assert noticed.times == 1
